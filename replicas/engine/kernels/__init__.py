@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """One step's shape, made once and shared by all layers. Tensors are on the device; lengths also stand on the host."""
+    """One step's shape, made once and shared by all layers. Tensors are on the device, lengths on the host too."""
 
     query_start_loc: Tensor
     """(num_requests + 1,) int32"""
