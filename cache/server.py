@@ -1,0 +1,66 @@
+"""The semantic cache as the class of a Serve deployment: puts the parts together and passes calls on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.types import CachedAnswer, CacheMiss, CacheQuery, LookupResult
+
+
+@dataclass(frozen=True, slots=True)
+class CacheServerConfig:
+    embedder: str
+    sqlite_path: str
+    redis_url: str | None
+    ttl_s: float
+    max_entries: int
+    max_bytes: int
+    similarity_threshold: float
+
+
+class CacheServer:
+    async def __init__(self, config: CacheServerConfig) -> None:  # type: ignore[misc]
+        # Imported here: a gateway reads this module for the deployment's name and must load no torch.
+        from cache.decision import ThresholdDecision
+        from cache.embedder import Embedder
+        from cache.index import VectorIndex
+        from cache.semantic_cache import CacheSettings, SemanticCache
+        from cache.store import RedisStore, SqliteStore, Store
+
+        embedder = Embedder(config.embedder)
+        store: Store
+        if config.redis_url is not None:
+            store = RedisStore(config.redis_url, namespace="millrace")
+        else:
+            Path(config.sqlite_path).parent.mkdir(parents=True, exist_ok=True)
+            store = SqliteStore(config.sqlite_path)
+        self._cache = SemanticCache(
+            store=store,
+            embedder=embedder,
+            index=VectorIndex(embedder.dim),
+            decision=ThresholdDecision(config.similarity_threshold),
+            settings=CacheSettings(ttl_s=config.ttl_s, max_entries=config.max_entries, max_bytes=config.max_bytes),
+        )
+        await self._cache.start()
+
+    async def lookup(self, query: CacheQuery) -> LookupResult:
+        return await self._cache.lookup(query)
+
+    async def store(self, query: CacheQuery, miss: CacheMiss, answer: CachedAnswer) -> None:
+        await self._cache.store(query, miss, answer)
+
+    async def abandon(self, miss: CacheMiss) -> None:
+        await self._cache.abandon(miss)
+
+    async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
+        return await self._cache.embed(texts)
+
+    async def stats(self) -> Any:
+        return self._cache.stats()
+
+    async def __del__(self) -> None:  # type: ignore[misc]
+        if hasattr(self, "_cache"):
+            await self._cache.close()
