@@ -210,10 +210,10 @@ def parse_config(text: str, source: str = "configuration") -> MillraceConfig:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        problem = Problem(mark.line + 1 if mark else 0, "", f"not valid YAML: {error.problem}")
-        raise ConfigError(source, [problem]) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(source, [Problem(mark.line + 1 if mark else 0, "", f"not valid YAML: {reason}")]) from None
     found = _duplicate_keys(tree)
     if not isinstance(data, dict):
         raise ConfigError(source, [Problem(1, "", "must be a mapping with at least `models:`")])

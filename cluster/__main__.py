@@ -1,0 +1,5 @@
+"""`python -m cluster` is `millrace`."""
+
+from cluster.cli import main
+
+main()
