@@ -1,38 +1,33 @@
 """Who holds which block of the paged KV cache. Ids only: the tensors live in the worker.
 
-Blocks are of fixed size (PagedAttention, Kwon et al. 2023). A full block is known by the hash of its parent's hash
-and its tokens, the first parent being the salt, so that a later request with the same beginning shares it. A block
-that nobody holds stays findable until its turn comes in the LRU free list. Knows no scheduling and no tensors.
+Blocks are of fixed size (PagedAttention, Kwon et al. 2023). A full block is found again by its parent and its tokens,
+so that a later request with the same beginning shares it; the parent of a first block is the salt. A block that
+nobody holds stays findable until its turn comes in the LRU free list. Knows no scheduling and no tensors.
 
-    every block is in exactly one state:   held (ref > 0)   |   free: cached (has a hash) or blank
+    every block is in exactly one state:   held (ref > 0)   |   free: cached (has a key) or blank
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from replicas.engine.request import Request
 
-
-def hash_block(parent: bytes, tokens: bytes) -> bytes:
-    """128 bits over the parent's hash and the block's token ids; the same on every replica."""
-    return blake2b(parent + tokens, digest_size=16).digest()
-
-
-def hash_salt(salt: str) -> bytes:
-    return blake2b(salt.encode(), digest_size=16, person=b"salt").digest()
+BlockKey = tuple[int | str, bytes]
+"""(identity of the parent, token ids of the block). The identity is a number that no other block ever had, or the
+salt. The table compares whole keys, so an equal key means an equal prefix: hashes may collide, blocks cannot mix."""
 
 
 @dataclass(slots=True)
 class _Block:
     ref_count: int = 0
-    hash: bytes | None = None
-    parent: bytes = b""
-    tokens: bytes = b""
-    """With `parent` compared on a hit: two blocks of one hash are a miss, not a mix-up."""
+    key: BlockKey | None = None
+    """Set while the block can be found."""
+    identity: int = -1
+    """Of the prefix that ends with this block; given when it becomes findable."""
 
 
 class BlockManager:
@@ -41,18 +36,17 @@ class BlockManager:
         num_blocks: int,
         block_size: int,
         enable_prefix_caching: bool = True,
-        hash_block: Callable[[bytes, bytes], bytes] = hash_block,
     ) -> None:
         assert num_blocks > 0, f"num_blocks must be positive, not {num_blocks}"
         assert block_size > 0, f"block_size must be positive, not {block_size}"
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._enable_prefix_caching = enable_prefix_caching
-        self._hash_block = hash_block
         self._blocks = [_Block() for _ in range(num_blocks)]
         # Ids in the order in which they are handed out: blank ones first, then cached ones, least recently used first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._by_hash: dict[bytes, int] = {}
+        self._by_key: dict[BlockKey, int] = {}
+        self._identities = itertools.count()
 
     @property
     def num_free_blocks(self) -> int:
@@ -67,13 +61,13 @@ class BlockManager:
         if not self._enable_prefix_caching:
             return []
         matched: list[int] = []
-        max_blocks = (request.num_tokens - 1) // self.block_size
-        self._extend_hashes(request, max_blocks)
-        for index in range(max_blocks):
-            block_id = self._by_hash.get(request.block_hashes[index])
-            if block_id is None or not self._is_same(self._blocks[block_id], request, index):
+        parent: int | str = request.cache_salt
+        for index in range((request.num_tokens - 1) // self.block_size):
+            block_id = self._by_key.get((parent, self._token_bytes(request, index)))
+            if block_id is None:
                 break
             matched.append(block_id)
+            parent = self._blocks[block_id].identity
         return matched
 
     def can_admit(self, request: Request, prefix: list[int], num_reserved: int) -> bool:
@@ -88,6 +82,7 @@ class BlockManager:
         for block_id in prefix:
             self._free.pop(block_id, None)
             self._blocks[block_id].ref_count += 1
+            request.block_identities.append(self._blocks[block_id].identity)
         request.block_table.extend(prefix)
         request.num_computed_tokens = len(prefix) * self.block_size
 
@@ -100,26 +95,21 @@ class BlockManager:
             request.block_table.extend([self._take() for _ in range(num_needed)])
         return True
 
-    def publish(self, request: Request, num_computed_before: int) -> None:
-        """Make findable the blocks that the request has filled since `num_computed_before` tokens were computed.
+    def publish(self, request: Request) -> None:
+        """Make findable the blocks that the request has filled since it was here last.
 
         Only after the step that computed them: until then their K and V are not there."""
         if not self._enable_prefix_caching:
             return
-        first, end = num_computed_before // self.block_size, request.num_computed_tokens // self.block_size
-        if first == end:
-            return
-        self._extend_hashes(request, end)
-        for index in range(first, end):
-            block_id = int(request.block_table.view[index])
-            block, key = self._blocks[block_id], request.block_hashes[index]
-            # A twin computed at the same time may be there already. It stays, this one goes with its request.
-            if block.hash is not None or key in self._by_hash:
-                continue
-            block.hash = key
-            block.parent = self._parent_hash(request, index)
-            block.tokens = self._token_bytes(request, index)
-            self._by_hash[key] = block_id
+        for index in range(len(request.block_identities), request.num_computed_tokens // self.block_size):
+            parent = request.block_identities[-1] if index else request.cache_salt
+            key = (parent, self._token_bytes(request, index))
+            # A twin computed at the same time may be there already. It stays, ours goes with its request.
+            block_id = self._by_key.setdefault(key, int(request.block_table.view[index]))
+            block = self._blocks[block_id]
+            if block.key is None:
+                block.key, block.identity = key, next(self._identities)
+            request.block_identities.append(block.identity)
 
     def free(self, request: Request) -> None:
         """Take back all blocks of a request. Its last block is the first to be evicted: it is the least shared."""
@@ -129,13 +119,14 @@ class BlockManager:
             assert block.ref_count >= 0, f"block {block_id} freed twice, last by {request.request_id}"
             if block.ref_count == 0:
                 self._free[block_id] = None
-                if block.hash is None:
+                if block.key is None:
                     self._free.move_to_end(block_id, last=False)
         request.block_table.clear()
+        request.block_identities.clear()
 
     def check_integrity(self, holders: Iterable[Request]) -> None:
         """AssertionError that says what is wrong, unless free + held = total, every reference is one of `holders`,
-        and the table of hashes and the blocks agree."""
+        and the table of keys and the blocks agree."""
         references: Counter[int] = Counter()
         for request in holders:
             table = request.block_table.view.tolist()
@@ -152,31 +143,19 @@ class BlockManager:
                 f"block {block_id} counts {block.ref_count} holders, {references[block_id]} hold it"
             )
             assert (block_id in self._free) == (block.ref_count == 0), f"block {block_id} is both free and held"
-            if block.hash is not None:
-                assert self._by_hash.get(block.hash) == block_id, f"cached block {block_id} cannot be found"
-        num_cached = sum(block.hash is not None for block in self._blocks)
-        assert num_cached == len(self._by_hash), f"{num_cached} cached blocks, {len(self._by_hash)} hashes"
+            if block.key is not None:
+                assert self._by_key.get(block.key) == block_id, f"cached block {block_id} cannot be found"
+        num_cached = sum(block.key is not None for block in self._blocks)
+        assert num_cached == len(self._by_key), f"{num_cached} cached blocks, {len(self._by_key)} keys"
 
     def _take(self) -> int:
         block_id, _ = self._free.popitem(last=False)
         block = self._blocks[block_id]
-        if block.hash is not None:
-            del self._by_hash[block.hash]
-            block.hash, block.parent, block.tokens = None, b"", b""
+        if block.key is not None:
+            del self._by_key[block.key]
+            block.key = None
         block.ref_count = 1
         return block_id
-
-    def _extend_hashes(self, request: Request, num_blocks: int) -> None:
-        # Once per block and request: a waiting request is looked up at every step.
-        for index in range(len(request.block_hashes), num_blocks):
-            parent = self._parent_hash(request, index)
-            request.block_hashes.append(self._hash_block(parent, self._token_bytes(request, index)))
-
-    def _is_same(self, block: _Block, request: Request, index: int) -> bool:
-        return block.tokens == self._token_bytes(request, index) and block.parent == self._parent_hash(request, index)
-
-    def _parent_hash(self, request: Request, index: int) -> bytes:
-        return request.block_hashes[index - 1] if index else hash_salt(request.cache_salt)
 
     def _token_bytes(self, request: Request, index: int) -> bytes:
         return request.token_ids.view[index * self.block_size : (index + 1) * self.block_size].tobytes()

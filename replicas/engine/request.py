@@ -1,7 +1,8 @@
 """One request inside the engine: its tokens, how far they are computed, and when it is finished.
 
-The Scheduler owns every Request; only the BlockManager writes `block_table` and `block_hashes`. There are no phases:
-a request lacks `num_pending_tokens`, and a step hands it some of them. Knows no clock, no text and no other request.
+The Scheduler owns every Request; only the BlockManager writes `block_table` and `block_identities`. There are no
+phases: a request lacks `num_pending_tokens`, and a step hands it some of them. Knows no clock, no text and no other
+request.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Request:
     """
 
     __slots__ = (
-        "block_hashes",
+        "block_identities",
         "block_table",
         "cache_salt",
         "draft_token_ids",
@@ -154,7 +155,7 @@ class Request:
         self.status = Status.WAITING
         self.is_abort_requested = False
         self.block_table = Column((), np.int32)
-        self.block_hashes: list[bytes] = []
+        self.block_identities: list[int] = []
         # {token id that ends the answer: stop_reason}; EOS wins over an equal stop token.
         self.stop_token_ids: dict[int, int | None] = {token: token for token in sampling.stop_token_ids}
         if not sampling.ignore_eos:

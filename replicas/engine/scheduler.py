@@ -127,15 +127,16 @@ class Scheduler:
         scheduled, has_preempted = self._schedule_running(budget)
         if not has_preempted:
             scheduled += self._admit(budget - sum(item.num_new_tokens for item in scheduled))
+        # Every request fits the cache alone, so the first one can always go on.
+        assert scheduled or not self._requests, f"{len(self._requests)} requests and none can be scheduled"
         self._in_flight = {item.request.request_id for item in scheduled}
         return scheduled
 
     def update(self, scheduled: Sequence[Scheduled], batch: Batch, output: StepOutput) -> list[RequestOutput]:
         """Take in what a step computed: publish filled blocks, append drawn tokens, finish who is done."""
         for item in scheduled:
-            before = item.request.num_computed_tokens
             item.request.num_computed_tokens += item.num_new_tokens
-            self._blocks.publish(item.request, before)
+            self._blocks.publish(item.request)
         outputs = []
         for row, index in enumerate(batch.sampled_requests.tolist()):
             request = scheduled[index].request
