@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from replicas.engine.batch import Batch, StepOutput
 
 
 class Executor(Protocol):
+    @property
+    def kernels_name(self) -> str:
+        """Of the kernel set in use; known after `start`."""
+        ...
+
+    @property
+    def phases_s(self) -> Mapping[str, float]:
+        """Seconds that each phase of `start` took."""
+        ...
+
     def start(self) -> int:
         """Load the weights on every rank and reserve the KV cache; returns the number of blocks that fit.
 
