@@ -131,9 +131,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     half = len(memory) // 2
     # The first quarter warms allocators and caches; growth is the second half against the rest of the first.
     growth = float(np.median(memory[half:]) / np.median(memory[half // 2 : half]) - 1) if half >= 8 else 0.0
-    intact = all(
-        r["is_intact"] and r["num_free_blocks"] == r["num_blocks"] and r["num_running"] == 0 for r in replicas
-    )
+    intact = all(r["is_intact"] and r["num_free_blocks"] == r["num_blocks"] and r["num_running"] == 0 for r in replicas)
     return {
         "requests": args.requests,
         "seconds": round(elapsed_s, 1),

@@ -30,7 +30,12 @@ def test_every_example_is_valid(path: Path) -> None:
         ("models:\n- {id: a, source: x}\n- {id: a, source: y}\n", 3, "models.1.id", "taken"),
         ("models:\n- {id: a, source: x, fallbacks: [b]}\n", 2, "models.0.fallbacks", "'b'"),
         (MODEL + "routing: {default_model: z}\n", 2, "routing.default_model", "'z'"),
-        ("models:\n- {id: a, source: x, engine: {tensor_parallel_size: 2}}\n", 2, "models.0.engine.tensor_parallel_size", "one device"),
+        (
+            "models:\n- {id: a, source: x, engine: {tensor_parallel_size: 2}}\n",
+            2,
+            "models.0.engine.tensor_parallel_size",
+            "one device",
+        ),
         ("models: [\n", 2, "", "not valid YAML"),
         ("- a\n", 1, "", "mapping"),
         ("models: []\n", 1, "models", "at least 1"),

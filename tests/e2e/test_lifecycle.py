@@ -66,7 +66,9 @@ def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.timeout(180)
 def test_keys_are_asked_for_and_one_ctrl_c_stops_everything(tmp_path: Path, tiny_model: Path) -> None:
     config: dict[str, object] = {
-        "auth": {"keys": [{"tenant": "t", "sha256": "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"}]},
+        "auth": {
+            "keys": [{"tenant": "t", "sha256": "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"}]
+        },
         "models": [{"id": "tiny", "source": str(tiny_model), "engine": {"num_gpu_blocks_override": 64}}],
         "cache": {"enabled": False},
     }

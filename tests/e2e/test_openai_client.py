@@ -32,7 +32,10 @@ def test_models_lists_every_model_and_the_embedder(client: OpenAI) -> None:
 
 def test_chat(client: OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(
-        model=MODEL, messages=QUESTION, temperature=0, max_completion_tokens=24  # type: ignore[arg-type]
+        model=MODEL,
+        messages=QUESTION,
+        temperature=0,
+        max_completion_tokens=24,  # type: ignore[arg-type]
     )
     answer = raw.parse()
     assert "Paris" in (answer.choices[0].message.content or "")
@@ -50,7 +53,12 @@ def test_chat(client: OpenAI) -> None:
 def test_chat_stream_is_the_whole_answer_in_pieces(client: OpenAI) -> None:
     whole = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=40)  # type: ignore[arg-type]
     stream = client.chat.completions.create(
-        model=MODEL, messages=QUESTION, temperature=0, max_tokens=40, stream=True, stream_options={"include_usage": True}  # type: ignore[arg-type]
+        model=MODEL,
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=40,
+        stream=True,
+        stream_options={"include_usage": True},  # type: ignore[arg-type]
     )
     chunks = list(stream)
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
@@ -76,7 +84,12 @@ def test_completions_with_echo_n_logprobs_and_stop(client: OpenAI) -> None:
 
 def test_chat_logprobs_have_the_alternatives(client: OpenAI) -> None:
     answer = client.chat.completions.create(
-        model=MODEL, messages=QUESTION, temperature=0, max_tokens=5, logprobs=True, top_logprobs=3  # type: ignore[arg-type]
+        model=MODEL,
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=5,
+        logprobs=True,
+        top_logprobs=3,  # type: ignore[arg-type]
     )
     content = answer.choices[0].logprobs.content  # type: ignore[union-attr]
     assert content is not None
@@ -88,7 +101,9 @@ def test_chat_logprobs_have_the_alternatives(client: OpenAI) -> None:
 
 def test_a_seed_repeats_and_another_differs(client: OpenAI) -> None:
     def sample(seed: int) -> str:
-        answer = client.completions.create(model=MODEL, prompt="Once upon a time", temperature=1.2, seed=seed, max_tokens=24)
+        answer = client.completions.create(
+            model=MODEL, prompt="Once upon a time", temperature=1.2, seed=seed, max_tokens=24
+        )
         return answer.choices[0].text
 
     assert sample(1) == sample(1)
@@ -96,17 +111,32 @@ def test_a_seed_repeats_and_another_differs(client: OpenAI) -> None:
 
 
 def test_vllm_parameters(client: OpenAI) -> None:
-    extra = {"top_k": 5, "min_p": 0.05, "repetition_penalty": 1.3, "ignore_eos": True, "min_tokens": 9, "stop_token_ids": [0]}
+    extra = {
+        "top_k": 5,
+        "min_p": 0.05,
+        "repetition_penalty": 1.3,
+        "ignore_eos": True,
+        "min_tokens": 9,
+        "stop_token_ids": [0],
+    }
     answer = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=10, seed=1, extra_body=extra)  # type: ignore[arg-type]
     assert answer.usage is not None
     assert answer.usage.completion_tokens in (9, 10)
 
 
 def test_logit_bias_and_penalties(client: OpenAI, http: httpx.Client) -> None:
-    (token,) = http.post("/tokenize", json={"model": MODEL, "prompt": " Paris", "add_special_tokens": False}).json()["tokens"]
+    (token,) = http.post("/tokenize", json={"model": MODEL, "prompt": " Paris", "add_special_tokens": False}).json()[
+        "tokens"
+    ]
     banned = client.chat.completions.create(
-        model=MODEL, messages=QUESTION, temperature=0, max_tokens=20, logit_bias={str(token): -100},  # type: ignore[arg-type]
-        presence_penalty=0.5, frequency_penalty=0.5, user="somebody",
+        model=MODEL,
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=20,
+        logit_bias={str(token): -100},  # type: ignore[arg-type]
+        presence_penalty=0.5,
+        frequency_penalty=0.5,
+        user="somebody",
     )
     assert " Paris" not in (banned.choices[0].message.content or "")
 
@@ -138,7 +168,9 @@ async def test_async_client_streams_side_by_side(server: Server) -> None:
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", default_headers=NO_CACHE, max_retries=0) as client:
 
         async def ask(i: int) -> str:
-            stream = await client.completions.create(model="tiny", prompt=f"{i} fox", max_tokens=20, seed=i, stream=True)
+            stream = await client.completions.create(
+                model="tiny", prompt=f"{i} fox", max_tokens=20, seed=i, stream=True
+            )
             return "".join([c.choices[0].text async for c in stream])
 
         first = await asyncio.gather(*[ask(i) for i in range(16)])
