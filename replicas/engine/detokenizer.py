@@ -45,12 +45,12 @@ class Detokenizer:
         self._held = ""
         self._is_flushed = False
         self.match: StopMatch | None = None
-        if self.append(emitted.token_ids) is not None:
-            self.match = StopMatch(self.match.stop if self.match else "", 0)
+        replayed = self.append(emitted.token_ids)
+        if replayed is not None:
+            self.match = StopMatch(replayed.stop, 0)
         self._num_chars = emitted.num_chars
-        self._num_owed = max(0, emitted.num_chars - len(self._ready))
-        """Characters the client holds beyond what is ready here: they are dropped when they become ready."""
-        self._ready = self._ready[emitted.num_chars :]
+        self._num_known = emitted.num_chars
+        """Characters at the front of the ready text that the client already holds: they are not released again."""
 
     @property
     def num_chars(self) -> int:
@@ -59,13 +59,14 @@ class Detokenizer:
 
     def append(self, token_ids: Sequence[int]) -> StopMatch | None:
         """Take in more tokens; the match if a stop string is complete. Later tokens are then ignored."""
-        for index, token_id in enumerate(token_ids):
-            if self.match is not None:
-                return self.match if index else StopMatch(self.match.stop, 0)
+        if self.match is not None:
+            return StopMatch(self.match.stop, 0)
+        for num_read, token_id in enumerate(token_ids, start=1):
             self._num_tokens += 1
             stop = self._read(self._stream.push(token_id))
             if stop is not None:
-                self.match = StopMatch(stop, index + 1)
+                self.match = StopMatch(stop, num_read)
+                break
         return self.match
 
     def take(self, finished: bool) -> str:
@@ -75,8 +76,8 @@ class Detokenizer:
             if self.match is None:
                 self._ready += self._held + self._stream.flush()
                 self._held = ""
-        text = self._ready[self._num_owed :]
-        self._num_owed = max(0, self._num_owed - len(self._ready))
+        text = self._ready[self._num_known :]
+        self._num_known = max(0, self._num_known - len(self._ready))
         self._ready = ""
         self._num_chars += len(text)
         return text
@@ -113,9 +114,11 @@ def _first_complete(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
 
 def _longest_beginning(text: str, stops: Sequence[str]) -> int:
     """Length of the longest suffix of `text` that is a proper beginning of a stop string."""
-    longest = max(len(stop) for stop in stops) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        suffix = text[len(text) - length :]
-        if any(len(stop) > length and stop.startswith(suffix) for stop in stops):
-            return length
-    return 0
+    longest = 0
+    for stop in stops:
+        start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+        while start >= 0 and not stop.startswith(text[start:]):
+            start = text.find(stop[0], start + 1)
+        if start >= 0:
+            longest = max(longest, len(text) - start)
+    return longest

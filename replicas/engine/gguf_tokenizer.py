@@ -75,8 +75,7 @@ def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], pre: str) -> B
         )
     merges = [tuple(merge.split(" ", 1)) for merge in _required(fields, "merges")]
     vocab = {token: i for i, token in enumerate(tokens)}
-    # Llama 3 takes a whole word that is in the vocabulary, even where merges do not lead to it.
-    model = BPE(vocab=vocab, merges=merges, ignore_merges=_SPLITS[pre] is _LLAMA_3)
+    model = BPE(vocab=vocab, merges=merges, ignore_merges=pre in _IGNORES_MERGES)
     backend = Backend(model)
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -127,9 +126,13 @@ def _merges_of_scores(vocab: Mapping[str, int], scores: Sequence[float]) -> list
 def _add_special_tokens(backend: Backend, tokens: Sequence[str], types: Sequence[int]) -> None:
     """Control and user-defined tokens are found whole in a text, before any splitting."""
     control = [
-        AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == 3
+        AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL
     ]
-    known = [AddedToken(t, special=False, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == 4]
+    known = [
+        AddedToken(t, special=False, normalized=False)
+        for t, kind in zip(tokens, types, strict=True)
+        if kind == _USER_DEFINED
+    ]
     backend.add_special_tokens([t for t in control if t.content])
     backend.add_tokens([t for t in known if t.content])
 
@@ -162,7 +165,6 @@ _FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", *_GPT_2, r"[0-9][0-9][0-9]")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SYMBOLS_AND_SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA_3 = (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _SYMBOLS_AND_SPACES,)
-_GLM_4 = (*_LLAMA_3,)
 _QWEN_2 = (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + _SYMBOLS_AND_SPACES,)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CAMEL_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -187,7 +189,7 @@ _SPLITS: Mapping[str, tuple[str, ...]] = {
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _SINGLE_DIGITS
     ),
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2"), _LLAMA_3),
-    **dict.fromkeys(("chatglm-bpe", "glm4", "dbrx", "smaug-bpe"), _GLM_4),
+    **dict.fromkeys(("chatglm-bpe", "glm4", "dbrx", "smaug-bpe"), _LLAMA_3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), _QWEN_2),
     **dict.fromkeys(("falcon",), _FALCON),
     **dict.fromkeys(("tekken",), _TEKKEN),
@@ -195,3 +197,6 @@ _SPLITS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("deepseek-v3",), _DEEPSEEK_3),
 }
 """By `tokenizer.ggml.pre`: patterns that are applied one after the other to the pieces of the one before."""
+
+_IGNORES_MERGES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken")
+"""These take a piece that is in the vocabulary as one token, even where merges do not lead to it."""

@@ -129,7 +129,7 @@ class Tokenizer:
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
 
-def _load_backend(path: Path) -> Backend:
+def _load_backend(path: Path) -> Any:
     file = path / "tokenizer.json"
     if file.is_file():
         try:
