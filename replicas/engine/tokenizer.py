@@ -1,0 +1,202 @@
+"""A model's tokenizer: text and messages to token ids and back, from a Hugging Face folder or from GGUF metadata.
+
+A thin owner around the `tokenizers` library; knows the model's special tokens and its chat template, but neither
+requests nor sampling. `transformers` is imported only for folders that have no `tokenizer.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from replicas.engine.chat_template import ChatTemplate
+from replicas.engine.detokenizer import Detokenizer, StopMatch
+from replicas.engine.gguf_tokenizer import read_gguf
+from replicas.engine.token_text import TextStream, TokenText
+from replicas.types import ChatPrompt, InvalidRequest
+
+__all__ = ["Detokenizer", "StopMatch", "Tokenizer"]
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Immutable after birth; every method may be called from any thread."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        bos_token_id: int | None,
+        eos_token_ids: frozenset[int],
+        prepend_bos: bool,
+        append_eos: bool = False,
+        chat_template: ChatTemplate | None,
+    ) -> None:
+        self._backend = backend
+        self._text = TokenText(backend)
+        self._prefix = [bos_token_id] if prepend_bos and bos_token_id is not None else []
+        self._suffix = [min(eos_token_ids)] if append_eos and eos_token_ids else []
+        self._chat_template = chat_template
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = eos_token_ids
+        """Every token that ends an answer."""
+        self.vocab_size = int(backend.get_vocab_size(with_added_tokens=True))
+
+    @staticmethod
+    def from_folder(path: Path) -> Tokenizer:
+        """From `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (or `.json`) of a folder.
+
+        Raises ValueError, naming the file that is missing or unreadable."""
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a folder; a tokenizer in Hugging Face format is one with tokenizer.json")
+        config = _read_json(path / "tokenizer_config.json")
+        special_tokens = _special_tokens(_read_json(path / "special_tokens_map.json") | config)
+        backend = _load_backend(path)
+        backend.no_truncation()
+        backend.no_padding()
+
+        def id_of(name: str) -> int | None:
+            token = special_tokens.get(name)
+            return None if token is None else backend.token_to_id(token)
+
+        bos_token_id, eos_token_id = id_of("bos_token"), id_of("eos_token")
+        eos_token_ids = {eos_token_id} if eos_token_id is not None else set()
+        sources = _template_sources(path, config)
+        # transformers prepends BOS where the flag says so, even if tokenizer.json has no rule for it.
+        adds_bos_itself = bos_token_id in backend.encode("").ids
+        return Tokenizer(
+            backend,
+            bos_token_id=bos_token_id,
+            eos_token_ids=frozenset(eos_token_ids | _generation_eos(path)),
+            prepend_bos=config.get("add_bos_token") is True and not adds_bos_itself,
+            chat_template=ChatTemplate(sources, special_tokens) if sources else None,
+        )
+
+    @staticmethod
+    def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
+        """From the `tokenizer.*` metadata of a GGUF file, by their full names, as plain values and lists.
+
+        Raises ValueError where a field is missing or names a tokenizer that is not supported."""
+        parts = read_gguf(fields)
+        sources = {"default": parts.chat_template} if parts.chat_template else {}
+        return Tokenizer(
+            parts.backend,
+            bos_token_id=parts.bos_token_id,
+            eos_token_ids=parts.eos_token_ids,
+            prepend_bos=parts.add_bos,
+            append_eos=parts.add_eos,
+            chat_template=ChatTemplate(sources, parts.special_tokens) if sources else None,
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. Special tokens spelled out in `text` become those tokens, as in transformers.
+
+        Raises InvalidRequest on `prompt` where the text is no valid Unicode."""
+        return self._encode(text, add_special_tokens, "prompt")
+
+    def encode_chat(self, prompt: ChatPrompt) -> list[int]:
+        """Token ids of the rendered template, which writes its own BOS. Raises InvalidRequest on `messages`."""
+        if self._chat_template is None:
+            raise InvalidRequest("this model has no chat template; use /v1/completions with a prompt", "messages")
+        return self._encode(self._chat_template.render(prompt), False, "messages")
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._text.decode(token_ids, skip_special_tokens)
+
+    def stream(self, skip_special_tokens: bool = True) -> TextStream:
+        """The same text as `decode`, token by token."""
+        return self._text.stream(skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """One token on its own; U+FFFD stands for bytes that are no whole character."""
+        return self._text.token_text(token_id)
+
+    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"{param} has a lone surrogate at character {error.start}", param) from error
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+
+def _load_backend(path: Path) -> Any:
+    file = path / "tokenizer.json"
+    if file.is_file():
+        try:
+            return Backend.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
+    if not any((path / name).is_file() for name in ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")):
+        raise ValueError(f"{path} has no tokenizer.json")
+    from transformers import AutoTokenizer  # seconds of import, needed for old checkpoints only
+
+    try:
+        converted = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # anything its converters raise
+        raise ValueError(f"{path} has no tokenizer.json, and its tokenizer cannot be converted: {error}") from error
+    backend = getattr(converted, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"{path} has no tokenizer.json, and its tokenizer is pure Python; convert it to tokenizer.json"
+        )
+    return backend
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Named special tokens, each given as text or as an added-token object."""
+    tokens = {}
+    for name in _NAMED_TOKENS:
+        token = config.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            tokens[name] = text
+    return tokens
+
+
+def _template_sources(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name. A file of their own wins over the configuration, as in transformers."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        sources = {"default": file.read_text(encoding="utf-8")}
+        for extra in sorted((path / "additional_chat_templates").glob("*.jinja")):
+            sources[extra.stem] = extra.read_text(encoding="utf-8")
+        return sources
+    given = _read_json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(given, str):
+        return {"default": given}
+    if isinstance(given, list):
+        return {entry["name"]: entry["template"] for entry in given}
+    return {}
+
+
+def _generation_eos(path: Path) -> set[int]:
+    """What the model itself says ends an answer."""
+    for name in ("generation_config.json", "config.json"):
+        ids = _read_json(path / name).get("eos_token_id")
+        if isinstance(ids, int):
+            return {ids}
+        if isinstance(ids, list):
+            return set(ids)
+    return set()
