@@ -44,7 +44,7 @@ NONSENSE: tuple[dict[str, Any], ...] = (
 
 
 def random_body(rng: random.Random, model: str) -> dict[str, Any]:
-    words = "river mill stone wheel 東京 🙂 race water grain café".split()
+    words = ["river", "mill", "stone", "wheel", "東京", "🙂", "race", "water", "grain", "café"]
     body: dict[str, Any] = {"model": model, "prompt": " ".join(rng.choices(words, k=rng.randint(1, 120)))}
     body["max_tokens"] = rng.choice([1, 2, 8, 24, 48])
     body["stream"] = rng.random() < 0.6

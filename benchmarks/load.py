@@ -20,7 +20,21 @@ from dataclasses import dataclass
 import aiohttp
 import numpy as np
 
-WORDS = "river mill stone wheel water grain race weir sluice flour paddle stream axle gear sack lamp door roof".split()
+WORDS = (
+    "river",
+    "mill",
+    "stone",
+    "wheel",
+    "water",
+    "grain",
+    "race",
+    "weir",
+    "flour",
+    "paddle",
+    "stream",
+    "gear",
+    "lamp",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +66,9 @@ async def closed_loop(
     timings: list[Timing] = []
 
     async def worker() -> None:
-        for _ in range(per_worker):
-            timings.append(await ask(random_prompt(rng, prompt_tokens), output_tokens))
+        for prompt in [random_prompt(rng, prompt_tokens) for _ in range(per_worker)]:
+            timing = await ask(prompt, output_tokens)
+            timings.append(timing)
 
     started = time.perf_counter()
     await asyncio.gather(*[worker() for _ in range(concurrency)])

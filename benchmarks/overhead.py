@@ -1,8 +1,8 @@
 """What gateway, cache and Serve add over the bare engine: the same load on both, in turn, in one run.
 
-The engine runs in this process, the whole road in a `millrace serve` of its own; while one is measured the other sleeps.
-The cache is bypassed on both sides. Ends with one JSON line: per concurrency both sides' medians, the difference of TTFT
-in ms (p50 and p99) and the ratios of TPOT and throughput, whole road over bare engine.
+The engine runs in this process, the whole road in a `millrace serve` of its own; while one is measured the other
+sleeps. The cache is off on both sides. Ends with one JSON line: per concurrency both sides' medians, the difference of
+TTFT in ms (p50 and p99) and the ratios of TPOT and throughput, whole road over bare engine.
 """
 
 from __future__ import annotations

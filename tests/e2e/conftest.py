@@ -1,4 +1,4 @@
-"""One real `millrace serve` for the whole session: Ray, Serve in the fast mode, HAProxy, two models, two replicas each."""
+"""One real `millrace serve` for the whole session: Ray, Serve in the fast mode, HAProxy, two models."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def start_server(config: dict[str, object], folder: Path, environment: dict[str,
 
 
 def stop_server(process: subprocess.Popen[str], timeout_s: float = 30) -> list[psutil.Process]:
-    """One SIGINT to the whole group, as a terminal sends it; returns what is still alive after the program has ended."""
+    """One SIGINT to the whole group, as a terminal sends it; returns what outlives the program."""
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
