@@ -42,7 +42,7 @@ def total_usage(prompts: Sequence[Sequence[Usage]]) -> Usage:
     pass found.
     """
     return Usage(
-        num_prompt_tokens=sum(siblings[0].num_prompt_tokens for siblings in prompts),
+        num_prompt_tokens=sum(max(usage.num_prompt_tokens for usage in siblings) for siblings in prompts),
         num_cached_tokens=sum(min(usage.num_cached_tokens for usage in siblings) for siblings in prompts),
         num_completion_tokens=sum(usage.num_completion_tokens for siblings in prompts for usage in siblings),
     )

@@ -74,7 +74,9 @@ def http_reply(status: int, method: str, path: str, headers: dict[str, str]) -> 
     if status == 405:
         allowed = headers.get("allow", "")
         return _reply(405, f"{path} does not take {method}; use {allowed}.", "invalid_request_error", headers=headers)
-    return _reply(status, f"There is no {path} here; /docs lists what there is.", "invalid_request_error", headers=headers)
+    return _reply(
+        status, f"There is no {path} here; /docs lists what there is.", "invalid_request_error", headers=headers
+    )
 
 
 def invalid_request(error: ValidationError) -> InvalidRequest:

@@ -17,6 +17,8 @@ from router.settings import FailoverSettings
 
 log = logging.getLogger("millrace.gateway")
 
+ATTEMPTS_BEFORE_FALLBACK = 3
+
 
 class Attempts(Protocol):
     def stream_once(self, request: GenerateRequest) -> AsyncIterator[Chunk]: ...
@@ -27,6 +29,7 @@ async def resumed_stream(
     request: GenerateRequest,
     settings: FailoverSettings,
     *,
+    may_fall_back: Callable[[], bool] = lambda: False,
     on_resume: Callable[[], None] = lambda: None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> AsyncIterator[Chunk]:
@@ -34,7 +37,8 @@ async def resumed_stream(
 
     An attempt that ends early, with `ReplicaUnavailable`, with `abort` or without a finish reason, is followed by one
     that starts from the tokens forwarded so far. Raises `ReplicaUnavailable` after
-    `settings.max_attempts_without_progress` fruitless ones in a row; the request's own errors pass straight through.
+    `settings.max_attempts_without_progress` fruitless ones in a row, or after `ATTEMPTS_BEFORE_FALLBACK` while another
+    model may still take over (`may_fall_back`). The request's own errors pass straight through.
     """
     seam = _Seam(request.emitted)
     num_fruitless = 0
@@ -54,7 +58,8 @@ async def resumed_stream(
         finally:
             await close(stream)
         num_fruitless += 1
-        if num_fruitless >= settings.max_attempts_without_progress:
+        max_fruitless = ATTEMPTS_BEFORE_FALLBACK if may_fall_back() else settings.max_attempts_without_progress
+        if num_fruitless >= max_fruitless:
             raise ReplicaUnavailable(f"No replica of {request.model!r} is available now: {lost.message}") from lost
         log.info("request %s: replica lost after %d tokens, resuming", request.request_id, seam.num_tokens)
         on_resume()

@@ -77,12 +77,14 @@ class GatewayMetrics:
     def clock_answer(self, model: str, asked_s: float) -> AnswerClock:
         return AnswerClock(self._ttft.labels(model), self._gap.labels(model), asked_s)
 
-    def record_answer(self, model: str, usage: Usage, finish_reason: str, clock: AnswerClock) -> None:
-        """Of one finished choice, after its last chunk was noted."""
+    def record_answer(self, model: str, usage: Usage, finish_reason: str | None, clock: AnswerClock) -> None:
+        """Of one choice that is over; None: it was aborted, so its tokens count but its times say nothing."""
         self._prompt_tokens.labels(model).inc(usage.num_prompt_tokens)
         self._cached_tokens.labels(model).inc(usage.num_cached_tokens)
         self._generation_tokens.labels(model).inc(usage.num_completion_tokens)
-        self._success.labels(model, finish_reason).inc()
+        self._success.labels(model, finish_reason or "abort").inc()
+        if finish_reason is None:
+            return
         self._prompt_size.labels(model).observe(usage.num_prompt_tokens)
         self._answer_size.labels(model).observe(usage.num_completion_tokens)
         self._e2e.labels(model).observe(clock.last_s - clock.asked_s)
@@ -105,7 +107,7 @@ class GatewayMetrics:
 class AnswerClock:
     """When the chunks of one answer came, in seconds of one monotonic clock."""
 
-    __slots__ = ("_gap", "_ttft", "asked_s", "first_s", "last_s", "_num_chunks")
+    __slots__ = ("_gap", "_num_chunks", "_ttft", "asked_s", "first_s", "last_s")
 
     def __init__(self, ttft: Histogram, gap: Histogram, asked_s: float) -> None:
         self._ttft = ttft

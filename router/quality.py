@@ -1,4 +1,4 @@
-"""How likely a model answers a prompt well: the first estimate, from the catalogue's prior and what a prompt looks like.
+"""How likely a model answers a prompt well: a first estimate from the catalogue's prior and the look of the prompt.
 
 It reads no model and was fitted to no data: it only says that long, numeric, technical and many-step prompts are
 harder, and that hard prompts cost weak models more than strong ones. A calibrated predictor over the embedding
