@@ -3,8 +3,8 @@
 Knows no routes and no requests. Errors that only HTTP has (a wrong key, a body too large) are added to the tree here.
 
     InvalidRequest 400 · PromptTooLong 400 `context_length_exceeded` · Unauthorized 401 · ModelNotFound 404 ·
-    BodyTooLarge 413 · Overloaded 429 + Retry-After · EngineError 500 · ReplicaUnavailable 503 + Retry-After ·
-    anything else 500, without a word about what it was
+    BodyTooLarge 413 · UnsupportedMediaType 415 · Overloaded 429 + Retry-After · EngineError 500 ·
+    ReplicaUnavailable 503 + Retry-After · anything else 500, without a word about what it was
 """
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ class BodyTooLarge(MillraceError):
     pass
 
 
+class UnsupportedMediaType(MillraceError):
+    pass
+
+
+class ClientGone(MillraceError):
+    """The client hung up; nobody reads the reply, whose status (499, as nginx writes it) only the log shows."""
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
     status: int
@@ -57,6 +65,10 @@ def reply_for(error: BaseException, request_id: str) -> ErrorReply:
         return _reply(404, error.message, "invalid_request_error", "model", "model_not_found")
     if isinstance(error, BodyTooLarge):
         return _reply(413, error.message, "invalid_request_error", None, "request_too_large")
+    if isinstance(error, UnsupportedMediaType):
+        return _reply(415, error.message, "invalid_request_error")
+    if isinstance(error, ClientGone):
+        return _reply(499, error.message, "client_closed_request")
     if isinstance(error, Overloaded):
         headers = _retry_after(error.retry_after_s)
         return _reply(429, error.message, "rate_limit_error", None, "overloaded", headers)
@@ -82,8 +94,8 @@ def http_reply(status: int, method: str, path: str, headers: dict[str, str]) -> 
 def invalid_request(error: ValidationError) -> InvalidRequest:
     """The first mistake of a request body as a sentence; `param` is its dotted path, e.g. `messages.0.content`."""
     first = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in first["loc"])
     kind, message = first["type"], first["msg"]
+    path = ".".join(str(part) for part in first["loc"]) or first.get("ctx", {}).get("param", "")
     if kind == "json_invalid":
         detail = message.removeprefix("Invalid JSON: ")
         return InvalidRequest(f"The request body is not valid JSON: {detail}.")

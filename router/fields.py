@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 MAX_INT32 = 2**31 - 1
@@ -19,8 +19,9 @@ _TOKEN_ID_SCHEMA = {"type": "integer", "minimum": 0, "maximum": MAX_INT32}
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
 
 
-def refusal(message: str) -> PydanticCustomError:
-    return PydanticCustomError("refused", "{text}", {"text": message})
+def refusal(message: str, param: str | None = None) -> PydanticCustomError:
+    """`param` only where a whole body is checked; the field's own checks are placed by pydantic."""
+    return PydanticCustomError("refused", "{text}", {"text": message, "param": param})
 
 
 def _refuse_unless_empty(value: Any) -> None:
@@ -84,9 +85,9 @@ Stop = Annotated[
 ]
 
 
-def _logit_bias(value: dict[str, float] | None) -> dict[int, float] | None:
-    if value is None:
-        return None
+def _logit_bias(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
     # ASCII digits only: int() would also take "١", "+1" and "1_0"
     if not all(key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INT32 for key in value):
         raise refusal("the keys should be token ids: strings of decimal digits")
@@ -94,8 +95,8 @@ def _logit_bias(value: dict[str, float] | None) -> dict[int, float] | None:
 
 
 LogitBias = Annotated[
-    dict[str, Annotated[float, Field(ge=-100, le=100)]] | None,
-    AfterValidator(_logit_bias),
+    dict[int, Annotated[float, Field(ge=-100, le=100)]] | None,
+    BeforeValidator(_logit_bias),
     WithJsonSchema(
         {
             "anyOf": [

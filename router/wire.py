@@ -6,7 +6,7 @@ change the answer are accepted and ignored; those that would, and are not there 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -34,7 +34,10 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def parse[B: Body](schema: type[B], raw: bytes) -> B:
+B = TypeVar("B", bound=Body)
+
+
+def parse(schema: type[B], raw: bytes) -> B:
     """Raises `InvalidRequest` with the dotted path of the first mistake; also for bytes that are no JSON object."""
     try:
         return schema.model_validate_json(raw)
@@ -80,7 +83,7 @@ class SamplingBody(Body):
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise refusal("'stream_options' is only allowed together with 'stream': true")
+            raise refusal("this is only allowed together with 'stream': true", "stream_options")
         return self
 
 
@@ -132,7 +135,7 @@ class ChatCompletionRequest(SamplingBody):
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise refusal("'top_logprobs' is only allowed together with 'logprobs': true")
+            raise refusal("this is only allowed together with 'logprobs': true", "top_logprobs")
         return self
 
 
@@ -146,9 +149,9 @@ class CompletionRequest(SamplingBody):
     @model_validator(mode="after")
     def _no_extra_candidates(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise refusal("'best_of' other than 'n' is not supported yet; leave it out")
+            raise refusal("a number other than 'n' is not supported yet; leave it out", "best_of")
         if self.echo and self.logprobs is not None:
-            raise refusal("'echo' with 'logprobs' is not supported yet: it needs log-probabilities of the prompt")
+            raise refusal("log-probabilities of the prompt are not supported yet: leave out 'logprobs'", "echo")
         return self
 
 
@@ -173,7 +176,7 @@ class TokenizeRequest(Body):
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise refusal("exactly one of 'prompt' and 'messages' is needed")
+            raise refusal("exactly one of 'prompt' and 'messages' is needed", "prompt")
         return self
 
 
