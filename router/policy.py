@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from replicas.types import InvalidRequest, MillraceError, ReplicaUnavailable
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -35,3 +37,68 @@ class RoutingPolicy(Protocol):
     def choose(self, candidates: Sequence[Candidate]) -> Route:
         """Raises `NoCapableModel` where no candidate can take the request."""
         ...
+
+
+class NoCapableModel(MillraceError):
+    """No candidate can take the request; which of the two below says whose fault it is."""
+
+
+class NoModelFits(NoCapableModel, InvalidRequest):
+    """The request is too large for every model."""
+
+
+class NoModelAvailable(NoCapableModel, ReplicaUnavailable):
+    """Some model would do, but none of those has a running replica."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixedPolicy:
+    """Always the same model; while it cannot take the request, the first of `fallbacks` that can."""
+
+    model: str
+    fallbacks: tuple[str, ...] = ()
+
+    def choose(self, candidates: Sequence[Candidate]) -> Route:
+        usable = {candidate.model for candidate in usable_candidates(candidates)}
+        order = [model for model in (self.model, *self.fallbacks) if model in usable]
+        if not order:
+            raise NoModelAvailable(f"The model {self.model!r} is not available now.")
+        return Route(order[0], "fixed" if order[0] == self.model else "fallback", tuple(order[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class CheapestCapablePolicy:
+    """The cheapest model whose predicted quality clears the target; where none does, the best there is.
+
+    Models without a price come after all priced ones that clear the target. The rest of the order are the fallbacks.
+    """
+
+    quality_target: float
+
+    def choose(self, candidates: Sequence[Candidate]) -> Route:
+        usable = usable_candidates(candidates)
+        capable = sorted((c for c in usable if c.quality >= self.quality_target), key=_by_cost)
+        others = sorted((c for c in usable if c.quality < self.quality_target), key=_by_quality)
+        order = tuple(candidate.model for candidate in (*capable, *others))
+        return Route(order[0], "cheapest-capable" if capable else "best-quality", order[1:])
+
+
+def usable_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that fit and are available, never empty. Raises `NoModelFits` or `NoModelAvailable`."""
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if not fitting:
+        raise NoModelFits("The prompt and 'max_tokens' together exceed the context of every model.", "max_tokens")
+    usable = [candidate for candidate in fitting if candidate.is_available]
+    if not usable:
+        raise NoModelAvailable("No model that could take this request is available now.")
+    return usable
+
+
+def _by_cost(candidate: Candidate) -> tuple[bool, float, float, str]:
+    unpriced = candidate.cost_usd is None
+    return (unpriced, candidate.cost_usd or 0.0, -candidate.quality, candidate.model)
+
+
+def _by_quality(candidate: Candidate) -> tuple[float, bool, float, str]:
+    unpriced = candidate.cost_usd is None
+    return (-candidate.quality, unpriced, candidate.cost_usd or 0.0, candidate.model)

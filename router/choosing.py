@@ -1,0 +1,67 @@
+"""From a question to the model that should answer it: gathers what the pure policy needs to know, and asks it.
+
+Reads the replicas' latest stats; starts nothing and spends no token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from replicas.types import ReplicaStats
+from router.catalog import AUTO, Catalog, ModelEntry
+from router.cost import predicted_cost_usd
+from router.policy import Candidate, Route, RoutingPolicy
+from router.prompts import judged_text, least_num_tokens, likely_num_tokens
+from router.quality import QualityEstimator
+from router.question import Question
+from router.settings import GatewaySettings
+
+
+class ModelChooser:
+    def __init__(
+        self,
+        catalog: Catalog,
+        policy: RoutingPolicy,
+        quality: QualityEstimator,
+        settings: GatewaySettings,
+        stats_of: Callable[[str], Sequence[ReplicaStats]],
+    ) -> None:
+        self._catalog = catalog
+        self._policy = policy
+        self._quality = quality
+        self._settings = settings
+        self._stats_of = stats_of
+
+    def model_class(self, question: Question) -> str:
+        """What the cache keeps apart: `auto`, or the id of the model asked for. Raises `ModelNotFound`."""
+        return AUTO if question.model == AUTO else self._catalog.resolve(question.model).id
+
+    def choose(self, question: Question, embedding: Sequence[float] | None) -> Route:
+        """A model that is asked for by name gets the request, and only its own fallbacks after it; `auto` is the
+        policy's. Raises `ModelNotFound` or `NoCapableModel`."""
+        if question.model != AUTO:
+            named = self._catalog.resolve(question.model)
+            return Route(named.id, "requested", named.fallbacks)
+        return self._policy.choose([self._candidate(question, model, embedding) for model in self._catalog.models])
+
+    def predicted_cost_usd(self, question: Question, model: str) -> float | None:
+        return predicted_cost_usd(
+            self._catalog.resolve(model).price,
+            num_prompt_tokens=sum(map(likely_num_tokens, question.prompts)),
+            max_tokens=question.max_tokens,
+            expected_tokens=self._settings.expected_completion_tokens,
+            num_answers=len(question.requests),
+        )
+
+    def _candidate(self, question: Question, model: ModelEntry, embedding: Sequence[float] | None) -> Candidate:
+        stats = self._stats_of(model.id)
+        context = model.context_length or max((reading.max_model_len for reading in stats), default=None)
+        least = max(map(least_num_tokens, question.prompts)) + (question.max_tokens or 1)
+        texts = map(judged_text, question.prompts)
+        return Candidate(
+            model=model.id,
+            quality=min(self._quality.estimate(model.quality, text, embedding) for text in texts),
+            cost_usd=self.predicted_cost_usd(question, model.id),
+            is_available=any(reading.heartbeat_age_s < self._settings.stale_heartbeat_s for reading in stats),
+            fits=context is None or least <= context,
+        )

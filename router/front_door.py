@@ -1,0 +1,108 @@
+"""The first and last stop of every HTTP request: its id, who asks, errors as replies, one access line, one count.
+
+A plain ASGI middleware, because it must see every byte's start and must not sit between a stream and its client.
+Logs carry the request id, the tenant and the status; never keys, prompts or answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from replicas.types import MillraceError
+from router.auth import Authenticator
+from router.errors import ClientGone, reply_for
+from router.metrics import GatewayMetrics
+from router.transport import JsonReply
+
+log = logging.getLogger("millrace.gateway")
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""What a load balancer asks without a key."""
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class FrontDoor:
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, metrics: GatewayMetrics) -> None:
+        self._app = app
+        self._authenticator = authenticator
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = _request_id(headers.get("x-request-id", ""))
+        visit = _Visit(request_id, send)
+        state = scope.setdefault("state", {})
+        state["request_id"], state["tenant"] = request_id, None
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                state["tenant"] = self._authenticator.tenant(headers)
+            await self._app(scope, receive, visit.send)
+        except Exception as error:
+            await self._refuse(error, scope, receive, visit)
+        finally:
+            self._note(scope, visit, state["tenant"])
+
+    async def _refuse(self, error: Exception, scope: Scope, receive: Receive, visit: _Visit) -> None:
+        if not isinstance(error, MillraceError):
+            log.exception(_line(event="unexpected error", request_id=visit.request_id))
+        reply = reply_for(error, visit.request_id)
+        if isinstance(error, ClientGone):
+            visit.status = reply.status  # nobody is left to read it
+        elif visit.status is None:
+            await JsonReply(reply.body, reply.status, reply.headers)(scope, receive, visit.send)
+        else:
+            raise error  # half a reply is out: the server can only cut the connection
+
+    def _note(self, scope: Scope, visit: _Visit, tenant: str | None) -> None:
+        route = getattr(scope.get("route"), "path", "unknown")
+        status = visit.status or 499
+        self._metrics.http_requests.labels(route, str(status)).inc()
+        level = logging.WARNING if status >= 500 else logging.INFO
+        log.log(
+            level,
+            _line(
+                event="request",
+                request_id=visit.request_id,
+                method=scope["method"],
+                path=scope["path"][:200],
+                status=status,
+                tenant=tenant,
+                duration_ms=round(1e3 * (time.monotonic() - visit.since_s), 1),
+                **scope["state"].get("log", {}),
+            ),
+        )
+
+
+class _Visit:
+    """One request's reply as it goes out: sets the request id header and notes the status."""
+
+    def __init__(self, request_id: str, send: Send) -> None:
+        self.request_id = request_id
+        self.status: int | None = None
+        self.since_s = time.monotonic()
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message["headers"], (b"x-request-id", self.request_id.encode())]
+        await self._send(message)
+
+
+def _request_id(presented: str) -> str:
+    """The client's own, where it is fit for logs and headers, else a fresh one."""
+    return presented if REQUEST_ID.fullmatch(presented) else f"req-{uuid.uuid4().hex}"
+
+
+def _line(**fields: object) -> str:
+    return orjson.dumps(fields).decode()

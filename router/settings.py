@@ -1,0 +1,62 @@
+"""What an operator may set about the gateway: frozen values, read by nobody but the constructors they are given to.
+
+Knows neither the YAML they come from (`cluster/config.py`) nor the environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key is known by its SHA-256 (64 hex digits) only; `tenant` names whom it admits."""
+
+    sha256: str
+    tenant: str
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) != 64 or any(c not in "0123456789abcdef" for c in self.sha256):
+            raise ValueError(f"api key of tenant {self.tenant!r}: sha256 must be 64 lower-case hex digits")
+        if not self.tenant:
+            raise ValueError("api key: tenant must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedderInfo:
+    """The model behind /v1/embeddings; it is the embedder of the semantic cache."""
+
+    id: str
+    dimensions: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailoverSettings:
+    """How stubbornly a stream is resumed when its replica is lost.
+
+    The waits double from `first_wait_s` to `max_wait_s`: with the defaults a replica set that recovers within about
+    six seconds is never noticed by the client. An attempt that brought at least one token starts the count afresh.
+    """
+
+    max_attempts_without_progress: int = 8
+    first_wait_s: float = 0.05
+    max_wait_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    api_keys: tuple[ApiKey, ...] = ()
+    """Empty: no authentication, everybody is the tenant `default`."""
+    max_concurrent: int = 256
+    """Requests in work at once; a stream counts until its last byte."""
+    max_queued: int = 1024
+    """Requests that may wait for one of those places; the next gets 429."""
+    max_body_bytes: int = 8 * 1024 * 1024
+    embedder: EmbedderInfo | None = None
+    cache_sampled: bool = False
+    """Answers drawn at a temperature above 0 may be cached, too."""
+    expected_completion_tokens: int = 256
+    """Of an answer whose `max_tokens` is larger or absent; used to predict cost before the answer exists."""
+    stale_heartbeat_s: float = 30.0
+    """A replica whose step loop was silent for longer takes no `auto` request."""
+    failover: FailoverSettings = field(default_factory=FailoverSettings)

@@ -1,0 +1,114 @@
+"""Between ASGI and the endpoints: bodies read within a limit, work that ends when its client leaves, event streams.
+
+Knows neither models nor OpenAI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from router.errors import BodyTooLarge, ClientGone, UnsupportedMediaType
+
+T = TypeVar("T")
+
+
+async def read_json_body(request: Request, max_bytes: int) -> bytes:
+    """The raw body, never more than `max_bytes` of it in memory.
+
+    Raises `BodyTooLarge`, `ClientGone`, and `UnsupportedMediaType` for another content type than JSON: a web page can
+    make a browser post anything else to a loopback address without asking.
+    """
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise UnsupportedMediaType("The request's content-type should be application/json.")
+    too_large = BodyTooLarge(f"The request body is larger than the {max_bytes} bytes taken here.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > max_bytes:
+                raise too_large
+    except ClientDisconnect:
+        raise ClientGone("The client left before its request was complete.") from None
+    return bytes(body)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled as soon as the client hangs up (then `ClientGone` is raised).
+
+    To be called once the body is read: from then on the client's only message is its leaving.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_wait_until_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("The client left before its answer was complete.")
+        return task.result()
+    finally:
+        await _cancelled(task, gone)
+
+
+class JsonReply(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
+
+
+class EventStreamReply(Response):
+    """Sends `events` as they come. `on_close` is awaited however the stream ends: read to its end, the client gone, or
+    this task cancelled."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncIterator[bytes], headers: Mapping[str, str], on_close: Callable[[], Awaitable[None]]
+    ) -> None:
+        # a buffering proxy in between would hold tokens back
+        super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(self._send(send))
+        gone = asyncio.create_task(_wait_until_gone(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                raise ClientGone("The client left amid its stream.")
+            sending.result()
+        finally:
+            try:
+                await _cancelled(sending, gone)
+            finally:
+                await self._on_close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
+    """Every task over, its outcome looked at."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
