@@ -3,6 +3,7 @@ tokenizer of bytes. Everything above and beside them is real in the tests."""
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,13 +164,11 @@ class FakeTokenizer:
         return prefix + list(text.encode())
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        pieces: list[bytes] = []
-        for token_id in ids:
-            if token_id < NUM_BYTES:
-                pieces.append(bytes([token_id]))
-            elif not skip_special_tokens:
-                pieces.append(SPECIAL_TOKENS[token_id].encode())
-        return b"".join(pieces).decode(errors="replace")
+        stream = self.stream(skip_special_tokens)
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    def stream(self, skip_special_tokens: bool = True) -> FakeTextStream:
+        return FakeTextStream(skip_special_tokens)
 
     def encode_chat(self, prompt: ChatPrompt) -> list[int]:
         ids: list[int] = []
@@ -181,3 +180,17 @@ class FakeTokenizer:
 
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id], False)
+
+
+class FakeTextStream:
+    def __init__(self, skip_special_tokens: bool) -> None:
+        self._skip_special_tokens = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        if token_id < NUM_BYTES:
+            return self._decoder.decode(bytes([token_id]))
+        return "" if self._skip_special_tokens else self._decoder.decode(SPECIAL_TOKENS[token_id].encode())
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)

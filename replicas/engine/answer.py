@@ -35,8 +35,6 @@ class Answer:
     def last_chunk(self) -> Chunk:
         """The end of an answer that was finished before it came here (`is_finished` at birth)."""
         match = self._detokenizer.match
-        if match is not None:
-            self._num_completion_tokens = match.num_tokens
         return self._chunk((), (), self._end, None if match is None else match.stop)
 
     def chunk(self, outputs: Sequence[RequestOutput]) -> Chunk:
