@@ -123,7 +123,7 @@ def cache_config(config: MillraceConfig) -> CacheServerConfig:
 
 def gateway_config(config: MillraceConfig) -> GatewayServerConfig:
     keys = tuple(ApiKey(sha256=digest, tenant=tenant) for digest, tenant in read_keys(config.auth).items())
-    embedder = EmbedderInfo(id=embedder_id(config.cache.embedder)) if config.cache.enabled else None
+    embedder = EmbedderInfo(embedder_id(config.cache.embedder), dimensions=384) if config.cache.enabled else None
     return GatewayServerConfig(
         settings=GatewaySettings(
             api_keys=keys,
