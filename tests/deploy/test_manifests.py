@@ -270,6 +270,8 @@ def test_only_the_endpoint_is_open_to_clients(overlay: str) -> None:
     assert set(ray["policyTypes"]) == set(redis["policyTypes"]) == {"Ingress", "Egress"}
     clients = [rule for rule in ray["ingress"] if "millrace/access" in json.dumps(rule)]
     assert [[port["port"] for port in rule["ports"]] for rule in clients] == [[8000]]
+    [operator] = [rule for rule in ray["ingress"] if "kuberay-operator" in json.dumps(rule)]
+    assert operator["ports"] == [_tcp(8265), _tcp(8000)]  # the Serve status and the proxy's health: both or never ready
     for rule in ray["ingress"]:  # all ports are open to Ray's own pods alone, which the pod selector names
         if "ports" not in rule:
             assert rule["from"] == [{"podSelector": ray["podSelector"]}]
