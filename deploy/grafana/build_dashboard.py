@@ -142,6 +142,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                     ),
                 ),
             ),
+            Panel("Replicas that report", "short", (gauge("millrace:replicas", "{{model_name}}"),)),
             Panel(
                 "Preemptions per second",
                 "short",

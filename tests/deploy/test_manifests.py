@@ -87,6 +87,12 @@ def deployments(overlay: str) -> list[Manifest]:
     return list(application["deployments"])
 
 
+def millrace_config(overlay: str) -> Manifest:
+    [application] = serve_config(overlay)["applications"]
+    config: Manifest = application["args"]
+    return config
+
+
 def env(pod: Manifest) -> dict[str, str | None]:
     [container] = pod["template"]["spec"]["containers"]
     return {variable["name"]: variable.get("value") for variable in container["env"]}
@@ -124,6 +130,17 @@ def test_ray_serve_takes_the_serve_config(overlay: str) -> None:
     assert {d.name for d in application.deployments} == {"gateway", "semantic-cache"} | models
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_millrace_takes_its_configuration(overlay: str) -> None:
+    config = pytest.importorskip("cluster.config").check_config(millrace_config(overlay))
+    by_name = {d["name"]: d["ray_actor_options"] for d in deployments(overlay)}
+    for model in config.models:
+        options = by_name[f"model-{model.id}"]
+        assert (model.num_gpus or 0) == options.get("num_gpus", 0)
+        if model.engine.num_threads is not None:
+            assert model.engine.num_threads == options["num_cpus"]
+
+
 def test_the_overlays_differ_in_their_models_only() -> None:
     cpu, gpu = serve_config("cpu"), serve_config("gpu")
     for config in (cpu, gpu):
@@ -137,8 +154,9 @@ def test_the_overlays_differ_in_their_models_only() -> None:
 def test_each_drain_fits_into_the_next(overlay: str) -> None:
     stream_s = serve_config(overlay)["http_options"]["request_timeout_s"]
     assert stream_s == LONGEST_STREAM_S
-    stop_s = max(d["graceful_shutdown_timeout_s"] for d in deployments(overlay))
-    assert min(d["graceful_shutdown_timeout_s"] for d in deployments(overlay)) >= stream_s + PROXY_MIN_DRAINING_S
+    stop_s = millrace_config(overlay)["server"]["drain_timeout_s"]
+    assert stop_s >= stream_s + PROXY_MIN_DRAINING_S
+    assert not any("graceful_shutdown_timeout_s" in d for d in deployments(overlay)), "one place says it: args.server"
     for name, pod in ray_pods(overlay):
         drain_s = float(env(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] or 0)
         spec = pod["template"]["spec"]
@@ -222,9 +240,11 @@ def test_no_pod_can_do_more_than_it_must(overlay: str) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_no_secret_is_committed(overlay: str) -> None:
     assert not [m["metadata"]["name"] for m in build_monitored(overlay) if m["kind"] == "Secret"]
-    [application] = serve_config(overlay)["applications"]
-    assert application["args"]["auth"]["keys_file"].startswith("/etc/millrace/keys/")
-    assert "@" not in application["args"]["cache"]["redis_url"]
+    config = millrace_config(overlay)
+    assert config["auth"]["keys_file"].startswith("/etc/millrace/keys/")
+    # The password comes from every node's environment, for the application may be built on any of them.
+    assert config["cache"]["redis_url"].startswith("redis://:${MILLRACE_REDIS_PASSWORD}@")
+    assert all("MILLRACE_REDIS_PASSWORD" in env(pod) for _, pod in ray_pods(overlay))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -270,6 +290,8 @@ def test_only_the_endpoint_is_open_to_clients(overlay: str) -> None:
     assert set(ray["policyTypes"]) == set(redis["policyTypes"]) == {"Ingress", "Egress"}
     clients = [rule for rule in ray["ingress"] if "millrace/access" in json.dumps(rule)]
     assert [[port["port"] for port in rule["ports"]] for rule in clients] == [[8000]]
+    [operator] = [rule for rule in ray["ingress"] if "kuberay-operator" in json.dumps(rule)]
+    assert operator["ports"] == [_tcp(8265), _tcp(8000)]  # the Serve status and the proxy's health: both or never ready
     for rule in ray["ingress"]:  # all ports are open to Ray's own pods alone, which the pod selector names
         if "ports" not in rule:
             assert rule["from"] == [{"podSelector": ray["podSelector"]}]

@@ -43,7 +43,7 @@ COUNTERS = {
     "millrace:http_requests",
     "millrace:admission_rejections",
 }
-GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"}
+GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "millrace:replicas"}
 EXPORTED = (
     GAUGES
     | {f"{name}_total" for name in COUNTERS}
@@ -104,6 +104,12 @@ def test_every_panel_asks_for_exported_metrics() -> None:
         assert metrics(expression) <= EXPORTED, expression
 
 
+def test_the_gateway_exports_what_is_listed_here() -> None:
+    metrics_module = pytest.importorskip("router.metrics")
+    gateway = metrics_module.GatewayMetrics(["m"], lambda model: ())
+    assert gateway.exported_names() == EXPORTED
+
+
 def test_every_counter_and_gauge_is_shown() -> None:
     shown = set().union(*(metrics(expression) for expression in dashboard().expressions()))
     assert GAUGES | {f"{name}_total" for name in COUNTERS} <= shown
@@ -160,6 +166,11 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
             'ray_serve_deployment_replica_healthy{application="millrace", deployment="gateway", replica="b"}': "0x20",
         },
         {'ray_serve_deployment_replica_healthy{application="millrace", deployment="gateway", replica="a"}': "1x20"},
+    ),
+    "MillraceNoReplica": (
+        "10m",
+        {f'millrace:replicas{{model_name="m", instance="{i}"}}': "2x5 0x20" for i in "ab"},
+        {'millrace:replicas{model_name="m", instance="a"}': "1x30"},
     ),
     "MillraceErrorRate": (
         "20m",
