@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from replicas.engine.batch import Logprobs
-from replicas.engine.request import Finish, Request, RequestOutput, Status
+from replicas.engine.request import Finish, Request, Status
+from replicas.engine.scheduler import RequestOutput
 from replicas.engine.tokenizer import Detokenizer, Tokenizer
 from replicas.types import Chunk, Emitted, EngineError, TokenLogprob, Usage
 

@@ -1,9 +1,7 @@
-"""The engine beside an event loop: text in, chunks out, while the steps run in a thread of their own.
+"""The engine beside an event loop: text in, chunks out, while `StepThread` runs the steps.
 
-    loop ── commands (one SimpleQueue) ──▶ step thread           the thread sleeps on the queue when it has no work
-    loop ◀── outputs (once per step) ───── step thread           a slow reader gets several steps in one chunk
-
-Only the loop touches streams and text, only the thread touches the engine. Knows no Ray and no HTTP.
+One mailbox per request: a reader that is slower than the steps finds several of them in it and sends them as one
+chunk. Knows no Ray and no HTTP.
 """
 
 from __future__ import annotations
@@ -11,18 +9,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
-from queue import Empty, SimpleQueue
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from replicas.engine.answer import Answer
 from replicas.engine.config import EngineConfig
 from replicas.engine.engine import Engine, SamplingDefaults
-from replicas.engine.request import Request, RequestOutput
+from replicas.engine.request import Request
 from replicas.engine.sampling_params import SamplingParams
+from replicas.engine.scheduler import RequestOutput
+from replicas.engine.step_thread import Delivery, StepThread
 from replicas.engine.tokenizer import Tokenizer
 from replicas.types import (
     ChatPrompt,
@@ -43,22 +40,7 @@ logger = logging.getLogger(__name__)
 LONG_PROMPT_CHARS = 8192
 
 Number = TypeVar("Number", int, float)
-Delivery = tuple[str, RequestOutput | MillraceError]
-
-
-@dataclass(frozen=True, slots=True)
-class _Add:
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
+Mailbox = asyncio.Queue[RequestOutput | MillraceError]
 
 
 class AsyncEngine:
@@ -68,14 +50,9 @@ class AsyncEngine:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model_name = model_name
-        self._streams: dict[str, asyncio.Queue[RequestOutput | MillraceError]] = {}
+        self._streams: dict[str, Mailbox] = {}
         self._ids = itertools.count()
-        self._commands: SimpleQueue[_Add | _Abort | _Stop] = SimpleQueue()
-        # Written by one side each; the difference is what the thread has not seen yet.
-        self._num_sent = 0
-        self._num_received = 0
-        self._thread: threading.Thread | None = None
-        self._is_sleeping = False
+        self._thread = StepThread(engine, self._deliver, self._fail_streams)
         self._refusal: ReplicaUnavailable | None = ReplicaUnavailable("the replica has not started yet")
         self._is_quiet = asyncio.Event()
         self._is_quiet.set()
@@ -93,12 +70,7 @@ class AsyncEngine:
 
     async def start(self) -> None:
         """Load the model and begin to step. Raises ValueError where the model cannot be loaded."""
-        assert self._thread is None, "an engine starts once"
-        loop = asyncio.get_running_loop()
-        started: asyncio.Future[None] = loop.create_future()
-        self._thread = threading.Thread(target=self._run, args=(loop, started), name="engine", daemon=True)
-        self._thread.start()
-        await started
+        await self._thread.start()
         self._refusal = None
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
@@ -115,15 +87,14 @@ class AsyncEngine:
             return
         request_id = engine_request.request_id
         stream = self._open(request_id)
-        self._num_sent += 1
-        self._commands.put(_Add(engine_request))
+        self._thread.add(engine_request)
         try:
             while not answer.is_finished:
                 yield answer.chunk(await _take(stream))
         finally:
             self._close(request_id)
             if not answer.has_ended:
-                self._commands.put(_Abort(request_id))
+                self._thread.abort(request_id)
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> tuple[list[int], int]:
         """Token ids, and the context in tokens. Raises InvalidRequest for messages that the template refuses."""
@@ -142,7 +113,7 @@ class AsyncEngine:
         return ReplicaStats(
             model=self._model_name,
             num_running=stats.num_running,
-            num_waiting=stats.num_waiting + self._num_arriving,
+            num_waiting=stats.num_waiting + self._thread.num_arriving,
             num_blocks=stats.num_blocks,
             num_free_blocks=stats.num_free_blocks,
             kv_usage=1.0 - stats.num_free_blocks / stats.num_blocks,
@@ -153,7 +124,7 @@ class AsyncEngine:
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
             is_intact=stats.is_intact,
-            heartbeat_age_s=self._heartbeat_age_s(stats.last_beat_s),
+            heartbeat_age_s=self._thread.heartbeat_age_s(stats.last_beat_s),
             kernels=executor.kernels_name,
             phases_s=dict(executor.phases_s),
         )
@@ -170,12 +141,8 @@ class AsyncEngine:
     async def shutdown(self) -> None:
         """Stop after the step in flight. Streams still open end with ReplicaUnavailable."""
         self._refusal = ReplicaUnavailable("the replica is shut down")
-        if self._thread is not None:
-            self._commands.put(_Stop())
-            await asyncio.to_thread(self._thread.join)
+        await self._thread.stop()
         self._fail_streams(self._refusal)
-
-    # -- on the loop ---------------------------------------------------------------------------------------------
 
     async def _admissible(self, request: GenerateRequest) -> Request:
         """The engine's request, once it is clear that it can run."""
@@ -193,11 +160,12 @@ class AsyncEngine:
             sampling,
             eos_token_ids=self._engine.info.eos_token_ids | self._tokenizer.eos_token_ids,
             emitted_token_ids=request.emitted.token_ids,
+            max_num_tokens=self._engine.max_model_len,
             cache_salt=request.cache_salt,
             num_siblings=request.num_siblings,
         )
         try:
-            self._engine.check(engine_request, self._num_arriving)
+            self._engine.check(engine_request, self._thread.num_arriving)
         except PromptTooLong as error:
             raise PromptTooLong(error.message, param) from None
         return engine_request
@@ -224,8 +192,8 @@ class AsyncEngine:
         if self._refusal is not None:
             raise ReplicaUnavailable(self._refusal.message)
 
-    def _open(self, request_id: str) -> asyncio.Queue[RequestOutput | MillraceError]:
-        stream: asyncio.Queue[RequestOutput | MillraceError] = asyncio.Queue()
+    def _open(self, request_id: str) -> Mailbox:
+        stream: Mailbox = asyncio.Queue()
         self._streams[request_id] = stream
         self._is_quiet.clear()
         return stream
@@ -245,69 +213,8 @@ class AsyncEngine:
         for stream in self._streams.values():
             stream.put_nowait(error)
 
-    @property
-    def _num_arriving(self) -> int:
-        return self._num_sent - self._num_received
 
-    def _heartbeat_age_s(self, last_beat_s: float) -> float:
-        # A thread that sleeps for want of work is well; one that died or hangs in a step grows old.
-        is_alive = self._thread is not None and self._thread.is_alive()
-        return 0.0 if is_alive and self._is_sleeping else time.monotonic() - last_beat_s
-
-    # -- in the step thread --------------------------------------------------------------------------------------
-
-    def _run(self, loop: asyncio.AbstractEventLoop, started: asyncio.Future[None]) -> None:
-        try:
-            self._engine.start()
-        except BaseException as error:
-            _call(loop, _settle, started, error)
-            return
-        _call(loop, _settle, started, None)
-        end = ReplicaUnavailable("the replica is shut down")
-        try:
-            while self._obey(loop):
-                outputs = self._engine.step()
-                if outputs:
-                    _call(loop, self._deliver, [(output.request_id, output) for output in outputs])
-        except BaseException:
-            logger.exception("the step loop died")
-            end = ReplicaUnavailable("the replica's step loop died")
-        finally:
-            self._engine.shutdown()
-            _call(loop, self._fail_streams, end)
-
-    def _obey(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Carry out what was asked since the last step, sleeping while there is nothing to do; False: stop."""
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except Empty:
-                if self._engine.has_work:
-                    return True
-                command = self._sleep()
-            if isinstance(command, _Stop):
-                return False
-            if isinstance(command, _Abort):
-                self._engine.abort(command.request_id)
-            else:
-                self._add(command.request, loop)
-
-    def _sleep(self) -> _Add | _Abort | _Stop:
-        self._engine.check_integrity()
-        self._is_sleeping = True
-        command = self._commands.get()
-        self._is_sleeping = False
-        return command
-
-    def _add(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
-        self._num_received += 1
-        try:
-            self._engine.add(request)
-        except MillraceError as error:
-            _call(loop, self._deliver, [(request.request_id, error)])
-
-
-async def _take(stream: asyncio.Queue[RequestOutput | MillraceError]) -> list[RequestOutput]:
+async def _take(stream: Mailbox) -> list[RequestOutput]:
     """All that waits in a stream, at least one output. Raises the error once nothing stands before it."""
     outputs: list[RequestOutput] = []
     item = await stream.get()
@@ -338,20 +245,3 @@ def _first(wanted: Number | None, recommended: Number | None, neutral: Number) -
     if wanted is not None:
         return wanted
     return neutral if recommended is None else recommended
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
-    try:
-        loop.call_soon_threadsafe(function, *arguments)
-    except RuntimeError:
-        # The loop was closed without `shutdown`: nobody is left to tell.
-        logger.warning("the event loop closed before the engine stopped")
-
-
-def _settle(started: asyncio.Future[None], error: BaseException | None) -> None:
-    if started.done():
-        return
-    if error is None:
-        started.set_result(None)
-    else:
-        started.set_exception(error)

@@ -15,8 +15,8 @@ from replicas.engine.batch import build_batch
 from replicas.engine.block_manager import BlockManager
 from replicas.engine.config import EngineConfig
 from replicas.engine.executor import Executor
-from replicas.engine.request import Request, RequestOutput
-from replicas.engine.scheduler import Scheduler, SchedulerCounters
+from replicas.engine.request import Request
+from replicas.engine.scheduler import RequestOutput, Scheduler, SchedulerCounters
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Engine:
         cache = self._config.cache
         blocks = BlockManager(num_blocks, cache.block_size, cache.enable_prefix_caching)
         self._started = Scheduler(self._config.scheduler, blocks, self.info.max_model_len), blocks
-        self._last_beat_s = time.monotonic()
+        self.beat()
 
     @property
     def has_work(self) -> bool:
@@ -104,7 +104,8 @@ class Engine:
         self._scheduler.abort(request_id)
 
     def step(self) -> list[RequestOutput]:
-        self._last_beat_s = time.monotonic()
+        """Everything that happened to requests in this step, ends included. Raises nothing that one request causes."""
+        self.beat()
         scheduled = self._scheduler.schedule()
         if not scheduled:
             return self._scheduler.take_aborted()
@@ -116,9 +117,12 @@ class Engine:
             logger.exception("a step of %d requests failed", len(scheduled))
             return self._scheduler.fail(scheduled, f"the engine failed in a step of this request: {error}")
 
+    def beat(self) -> None:
+        """A sign of life; a step gives one by itself."""
+        self._last_beat_s = time.monotonic()
+
     def check_integrity(self) -> None:
         """For idle moments: account for every block. A leak is logged and shown in the stats, never a crash."""
-        self._last_beat_s = time.monotonic()
         if self._is_checked:
             return
         self._is_checked = True

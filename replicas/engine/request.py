@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from replicas.engine.batch import Logprobs
 from replicas.engine.sampling_params import SamplingParams
 
 MAX_INT32 = 2**31 - 1
@@ -51,17 +50,6 @@ class Finish:
         if self.status is Status.FINISHED_STOPPED:
             return "stop"
         return "length" if self.status is Status.FINISHED_LENGTH else "abort"
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """What one step made of one request: tokens drawn (one log-probability each if wanted), and its end if it came."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    num_cached_tokens: int
-    logprobs: tuple[Logprobs, ...] = ()
-    finish: Finish | None = None
 
 
 class Column:
@@ -110,6 +98,7 @@ class Request:
 
     `emitted_token_ids` are output tokens that another replica drew already: they count as output everywhere
     (`max_tokens`, `min_tokens`, penalties, positions), are computed like a prompt and never reported again.
+    `max_num_tokens` is the room for prompt and answer.
     """
 
     __slots__ = (
@@ -141,6 +130,7 @@ class Request:
         emitted_token_ids: Sequence[int] = (),
         cache_salt: str = "",
         num_siblings: int = 1,
+        max_num_tokens: int = MAX_INT32,
     ) -> None:
         self.request_id = request_id
         self.sampling = sampling
@@ -151,7 +141,9 @@ class Request:
         self.draft_token_ids: tuple[int, ...] = ()
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
-        self.max_num_tokens = MAX_INT32 if sampling.max_tokens is None else len(prompt_token_ids) + sampling.max_tokens
+        if sampling.max_tokens is not None:
+            max_num_tokens = min(max_num_tokens, len(prompt_token_ids) + sampling.max_tokens)
+        self.max_num_tokens = max_num_tokens
         self.status = Status.WAITING
         self.is_abort_requested = False
         self.block_table = Column((), np.int32)

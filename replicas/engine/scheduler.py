@@ -16,11 +16,22 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from replicas.engine.batch import Batch, Scheduled, StepOutput
+from replicas.engine.batch import Batch, Logprobs, Scheduled, StepOutput
 from replicas.engine.block_manager import BlockManager
 from replicas.engine.config import SchedulerConfig
-from replicas.engine.request import Finish, Request, RequestOutput, Status
+from replicas.engine.request import Finish, Request, Status
 from replicas.types import InvalidRequest, Overloaded, PromptTooLong
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step made of one request: tokens drawn (one log-probability each if wanted), and its end if it came."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_cached_tokens: int
+    logprobs: tuple[Logprobs, ...] = ()
+    finish: Finish | None = None
 
 
 @dataclass(slots=True)

@@ -154,7 +154,8 @@ async def test_a_stop_string_ends_the_answer_and_the_engine_request(is_included:
     full = letters(40).decode()
     stop = full[10:13]
     start = full.index(stop)
-    async with running() as engine:
+    # Slow enough that the abort overtakes the 200 tokens.
+    async with running(FakeExecutor(num_blocks=512, drawable=b"abcdefghij ", step_s=0.002)) as engine:
         request = make(stop=(stop, "never"), max_tokens=200, include_stop_str_in_output=is_included)
         chunks = await collect(engine, request)
         await settle(engine)
@@ -214,6 +215,24 @@ async def test_resumption_at_every_cut_equals_the_whole(sampling: dict[str, Any]
             assert rest[-1].usage is not None
             assert whole[-1].usage is not None
             assert rest[-1].usage.num_completion_tokens == whole[-1].usage.num_completion_tokens
+
+
+async def test_resumption_where_nothing_is_left_to_draw() -> None:
+    """The replica died between its last token and the end of its stream."""
+    room = FAKE_MODEL.max_model_len - len(PROMPT)
+    answer = letters(room)
+    async with running() as engine:
+        for emitted, max_tokens, ignore_eos, reason in [
+            (answer, None, True, "length"),
+            (answer[:7], 7, True, "length"),
+            ((*answer[:7], EOS), 40, False, "stop"),
+        ]:
+            held = Emitted(tuple(emitted), min(len(emitted), 7))
+            chunks = await collect(engine, make(emitted=held, max_tokens=max_tokens, ignore_eos=ignore_eos))
+            assert chunks[-1].finish_reason == reason
+            assert chunks[-1].usage is not None
+            assert ids_of(chunks) == []
+            assert chunks[-1].usage.num_completion_tokens == len(emitted)
 
 
 async def test_closing_a_stream_frees_its_blocks() -> None:

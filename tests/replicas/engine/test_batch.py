@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicas.engine.batch import Scheduled, build_batch
+from replicas.engine.batch import SamplingColumns, Scheduled, build_batch
 from replicas.engine.request import Request
 from replicas.engine.sampling_params import SamplingParams
 
@@ -61,29 +61,28 @@ def test_columns_equal_the_oracle(seed: int, num_requests: int, block_size: int)
     assert sample == len(batch.sampled_requests) == len(batch.sampling.seed)
     assert batch.request_ids == tuple(item.request.request_id for item in scheduled)
     dtypes = (batch.token_ids.dtype, batch.slot_mapping.dtype, batch.query_start_loc.dtype, batch.block_tables.dtype)
-    assert dtypes == (np.int64, np.int64, np.int32, np.int32)
+    assert dtypes == tuple(map(np.dtype, ("int64", "int64", "int32", "int32")))
 
 
-def assert_sampling_row(columns: object, row: int, request: Request) -> None:
+def assert_sampling_row(columns: SamplingColumns, row: int, request: Request) -> None:
     sampling = request.sampling
-    get = lambda name: getattr(columns, name)  # noqa: E731
-    assert get("temperature")[row] == np.float32(1.0 if sampling.temperature is None else sampling.temperature)
-    assert get("top_p")[row] == np.float32(sampling.top_p or 1.0)
-    assert get("top_k")[row] == max(sampling.top_k or 0, 0)
-    assert get("min_p")[row] == np.float32(sampling.min_p)
-    assert get("repetition_penalty")[row] == np.float32(sampling.repetition_penalty or 1.0)
-    assert get("seed")[row] == sampling.seed
-    assert get("seed").dtype == np.uint64
-    assert get("position")[row] == request.num_tokens
-    assert get("num_logprobs")[row] == (-1 if sampling.logprobs is None else sampling.logprobs)
-    histories = {item.row: item for item in get("penalised")}
+    assert columns.temperature[row] == np.float32(1.0 if sampling.temperature is None else sampling.temperature)
+    assert columns.top_p[row] == np.float32(sampling.top_p or 1.0)
+    assert columns.top_k[row] == max(sampling.top_k or 0, 0)
+    assert columns.min_p[row] == np.float32(sampling.min_p)
+    assert columns.repetition_penalty[row] == np.float32(sampling.repetition_penalty or 1.0)
+    assert columns.seed[row] == sampling.seed
+    assert columns.seed.dtype == np.uint64
+    assert columns.position[row] == request.num_tokens
+    assert columns.num_logprobs[row] == (-1 if sampling.logprobs is None else sampling.logprobs)
+    histories = {item.row: item for item in columns.penalised}
     assert (row in histories) == (sampling.presence_penalty != 0 or (sampling.repetition_penalty or 1) != 1)
     if row in histories:
         assert histories[row].prompt_token_ids.tolist() == request.prompt_token_ids.tolist()
         assert histories[row].output_token_ids.tolist() == request.output_token_ids.tolist()
-    assert dict(get("logit_bias")).get(row, {}) == sampling.logit_bias
+    assert dict(columns.logit_bias).get(row, {}) == sampling.logit_bias
     is_early = request.num_output_tokens < sampling.min_tokens
-    assert set(dict(get("banned")).get(row, ())) == ({7, 9} if is_early else set())
+    assert set(dict(columns.banned).get(row, ())) == ({7, 9} if is_early else set())
 
 
 def test_a_batch_may_draw_nothing() -> None:

@@ -2,14 +2,16 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from replicas.engine.batch import Batch
 from replicas.engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from replicas.engine.engine import Engine
-from replicas.engine.request import Request, RequestOutput, Status
+from replicas.engine.request import Request, Status
 from replicas.engine.sampling_params import SamplingParams
+from replicas.engine.scheduler import RequestOutput
 from tests.fakes import EOS, FakeExecutor, FakeModelInfo, expected_tokens
 
 BLOCK_SIZE = 4
@@ -29,7 +31,7 @@ def make_engine(
     return engine
 
 
-def make(name: str, prompt: Sequence[int], emitted: Sequence[int] = (), **sampling: object) -> Request:
+def make(name: str, prompt: Sequence[int], emitted: Sequence[int] = (), **sampling: Any) -> Request:
     params = SamplingParams(**{"ignore_eos": True, "max_tokens": 20, **sampling})
     return Request(name, prompt, params, eos_token_ids=frozenset({EOS}), emitted_token_ids=emitted)
 

@@ -1,5 +1,8 @@
 """A request's counts, ends and sampling row."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +12,7 @@ from replicas.engine.request import Column, Finish, Request, Status
 from replicas.engine.sampling_params import SamplingParams
 
 
-def make(prompt: list[int], emitted: list[int] = [], eos: int = 9, **sampling: object) -> Request:  # noqa: B006
+def make(prompt: list[int], emitted: Sequence[int] = (), eos: int = 9, **sampling: Any) -> Request:
     return Request("r", prompt, SamplingParams(**sampling), eos_token_ids=frozenset({eos}), emitted_token_ids=emitted)
 
 
@@ -53,7 +56,7 @@ def test_counts_include_emitted_tokens() -> None:
         (7, {}, None),
     ],
 )
-def test_end_after_the_last_token(last: int, sampling: dict[str, object], finish: Finish | None) -> None:
+def test_end_after_the_last_token(last: int, sampling: dict[str, Any], finish: Finish | None) -> None:
     request = make([1], **sampling)
     request.token_ids.append(last)
     assert request.finish_after_last_token() == finish

@@ -1,14 +1,16 @@
 """The scheduler's rules, one by one: budget, order, preemption, admission, refusal, abort."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from replicas.engine.batch import Scheduled, StepOutput, build_batch
 from replicas.engine.block_manager import BlockManager
 from replicas.engine.config import SchedulerConfig
-from replicas.engine.request import Request, RequestOutput, Status
+from replicas.engine.request import Request, Status
 from replicas.engine.sampling_params import SamplingParams
-from replicas.engine.scheduler import Scheduler
+from replicas.engine.scheduler import RequestOutput, Scheduler
 from replicas.types import InvalidRequest, Overloaded, PromptTooLong
 
 BLOCK_SIZE = 4
@@ -19,7 +21,7 @@ def make_scheduler(num_blocks: int = 16, max_model_len: int = 64, **config: int)
     return Scheduler(SchedulerConfig(**config), blocks, max_model_len)
 
 
-def make(name: str, num_prompt: int = 4, **sampling: object) -> Request:
+def make(name: str, num_prompt: int = 4, **sampling: Any) -> Request:
     return Request(name, [1] * num_prompt, SamplingParams(**sampling))
 
 
