@@ -33,8 +33,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        num_blocks = -(-vocab_size // WORDS_PER_BLOCK)
-        self._blocks = torch.arange(num_blocks, dtype=torch.int64, device=device)[None, :]
+        self._blocks = np.arange(-(-vocab_size // WORDS_PER_BLOCK), dtype=np.int64)[None, :]
         self._rows_per_chunk = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 16) // vocab_size)
 
     @torch.inference_mode()
@@ -89,8 +88,7 @@ class Sampler:
 
         for i in np.flatnonzero((num_kept == 0) & draws.needs_order[rows]).tolist():
             whole = _Candidates.of_whole_row(scaled[int(rows[i])], draws, rows[i : i + 1], totals[i : i + 1])
-            num_kept = np.array([whole.scores.shape[1]])
-            token_ids[i] = whole.draw(draws, rows[i : i + 1], np.array([0]), num_kept)[0]
+            token_ids[i] = whole.draw(draws, rows[i : i + 1], np.array([0]), whole.num_certain)[0]
         return token_ids
 
     def _totals(self, scaled: torch.Tensor, draws: _Draws, rows: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -111,22 +109,34 @@ class Sampler:
 
     def _draw_from_all(self, scaled: torch.Tensor, draws: _Draws, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Gumbel-max over the whole vocabulary, without any sort."""
-
-        def column(values: NDArray[np.int64]) -> torch.Tensor:
-            return torch.from_numpy(values[rows]).to(self._device)[:, None]
-
-        zero = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
-        counter = (self._blocks, zero, column(draws.position_low), column(draws.position_high))
-        words = torch.stack(philox4x32(counter, (column(draws.seed_low), column(draws.seed_high))), dim=-1)
-        words = words.reshape(len(rows), -1)[:, : self._vocab_size]
-        uniform = words.to(torch.float64).add_(0.5).mul_(2.0**-32)
         some = _rows_of(scaled, rows)
-        keys = uniform.log_().neg_().log_().neg_().add_(some)
+        words = self._words(draws, rows)[:, : self._vocab_size]
+        keys = words.add_(0.5).mul_(2.0**-32).log_().neg_().log_().neg_().add_(some)
         if draws.has_threshold[rows].any():
             threshold = torch.from_numpy(draws.threshold[rows]).to(self._device)[:, None]
             keys.masked_fill_(some < threshold, -torch.inf)
         token_ids: NDArray[np.int64] = keys.argmax(dim=-1).cpu().numpy()
         return token_ids
+
+    def _words(self, draws: _Draws, rows: NDArray[np.int64]) -> torch.Tensor:
+        """The random word of every token id, as float64: (num_rows, vocab_size rounded up to whole blocks)."""
+        counter = (
+            self._blocks,
+            np.zeros((1, 1), np.int64),
+            draws.position_low[rows, None],
+            draws.position_high[rows, None],
+        )
+        key = (draws.seed_low[rows, None], draws.seed_high[rows, None])
+        if self._device.type == "cpu":  # numpy's integer loops are twice as fast as torch's there
+            words = [torch.from_numpy(word) for word in philox4x32(counter, key)]
+        else:
+            c0, c1, c2, c3 = (torch.from_numpy(word).to(self._device) for word in counter)
+            k0, k1 = (torch.from_numpy(word).to(self._device) for word in key)
+            words = list(philox4x32((c0, c1, c2, c3), (k0, k1)))
+        by_token = torch.empty((*words[0].shape, WORDS_PER_BLOCK), dtype=torch.float64, device=self._device)
+        for i, word in enumerate(words):
+            by_token[..., i] = word
+        return by_token.reshape(len(rows), -1)
 
     def _logprobs(
         self, logits: torch.Tensor, token_ids: NDArray[np.int64], columns: SamplingColumns, errors: dict[int, str]
