@@ -33,17 +33,22 @@ def philox4x32(
     A product of two 32-bit words overflows int64 into its sign, which two's complement undoes: the low half is
     masked out, and the arithmetic shift that gives the high half is masked as well.
     """
-    c0, c1, c2, c3 = counter
     k0, k1 = key
+    zeros = 0 * (counter[0] + counter[1] + counter[2] + counter[3] + k0 + k1)
+    # In the full shape, so that the rounds can work in place: this is bound by memory, not by arithmetic.
+    c0, c1, c2, c3 = (word + zeros for word in counter)
     for _ in range(_NUM_ROUNDS):
         product_0 = c0 * _MULTIPLIER_0
         product_1 = c2 * _MULTIPLIER_1
-        c0, c1, c2, c3 = (
-            ((product_1 >> 32) & _LOW_32) ^ c1 ^ k0,
-            product_1 & _LOW_32,
-            ((product_0 >> 32) & _LOW_32) ^ c3 ^ k1,
-            product_0 & _LOW_32,
-        )
+        high_0 = product_0 >> 32
+        high_1 = product_1 >> 32
+        for high, word, subkey in ((high_1, c1, k0), (high_0, c3, k1)):
+            high &= _LOW_32
+            high ^= word
+            high ^= subkey
+        product_0 &= _LOW_32
+        product_1 &= _LOW_32
+        c0, c1, c2, c3 = high_1, product_1, high_0, product_0
         k0 = (k0 + _WEYL_0) & _LOW_32
         k1 = (k1 + _WEYL_1) & _LOW_32
     return c0, c1, c2, c3

@@ -33,8 +33,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        num_blocks = -(-vocab_size // WORDS_PER_BLOCK)
-        self._blocks = torch.arange(num_blocks, dtype=torch.int64, device=device)[None, :]
+        self._blocks = np.arange(-(-vocab_size // WORDS_PER_BLOCK), dtype=np.int64)[None, :]
         self._rows_per_chunk = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 16) // vocab_size)
 
     @torch.inference_mode()
@@ -59,11 +58,10 @@ class Sampler:
 
     def _draw(self, scores: torch.Tensor, best: torch.Tensor, draws: _Draws) -> NDArray[np.int64]:
         """One token id per row of `draws`."""
-        every_row = len(draws.rows) == len(scores)
-        where = slice(None) if every_row else torch.from_numpy(draws.rows).to(self._device)
         temperature = torch.from_numpy(draws.temperature).to(self._device)[:, None]
         # The largest score becomes 0, so that no temperature overflows and min-p is a plain threshold.
-        scaled = (scores[where] - best[where, None]) / temperature  # (num_draws, vocab)
+        scaled = _rows_of(scores, draws.rows) - _rows_of(best, draws.rows)[:, None]  # (num_draws, vocab)
+        scaled /= temperature
 
         token_ids = np.full(len(draws.rows), -1, np.int64)
         filtered = np.flatnonzero(draws.is_filtered)
@@ -80,9 +78,8 @@ class Sampler:
         the row keep too much to be worth a sort, it has only a min-p threshold."""
         widest = int(draws.top_k[rows].max())
         width = min(self._vocab_size, _NUM_CANDIDATES if widest <= _NUM_CANDIDATES else _MAX_CANDIDATES)
-        where = torch.from_numpy(rows).to(self._device)
         totals = self._totals(scaled, draws, rows)
-        candidates = _Candidates.of(*scaled[where].topk(width, dim=-1), is_whole=width == self._vocab_size)
+        candidates = _Candidates.of(*_rows_of(scaled, rows).topk(width, dim=-1), is_whole=width == self._vocab_size)
         num_kept = candidates.num_kept(draws, rows, totals)
         token_ids = np.full(len(rows), -1, np.int64)
         known = np.flatnonzero(num_kept > 0)
@@ -90,11 +87,8 @@ class Sampler:
             token_ids[known] = candidates.draw(draws, rows, known, num_kept)
 
         for i in np.flatnonzero((num_kept == 0) & draws.needs_order[rows]).tolist():
-            one = np.array([0])
-            row = rows[i : i + 1]
-            ordered = torch.sort(scaled[int(row[0])][None, :], dim=-1, descending=True, stable=True)
-            whole = _Candidates.of(ordered.values, ordered.indices, is_whole=True)
-            token_ids[i] = whole.draw(draws, row, one, whole.num_kept(draws, row, totals[i : i + 1]))[0]
+            whole = _Candidates.of_whole_row(scaled[int(rows[i])], draws, rows[i : i + 1], totals[i : i + 1])
+            token_ids[i] = whole.draw(draws, rows[i : i + 1], np.array([0]), whole.num_certain)[0]
         return token_ids
 
     def _totals(self, scaled: torch.Tensor, draws: _Draws, rows: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -105,29 +99,44 @@ class Sampler:
         wanted = np.flatnonzero((draws.top_p[rows] < 1) & (draws.top_k[rows] == 0))
         for start in range(0, len(wanted), self._rows_per_chunk):
             chunk = wanted[start : start + self._rows_per_chunk]
-            some = scaled[torch.from_numpy(rows[chunk]).to(self._device)]
-            threshold = torch.from_numpy(draws.threshold[rows[chunk]]).to(self._device)[:, None]
-            mass = torch.where(some >= threshold, some.exp(), 0.0)
+            some = _rows_of(scaled, rows[chunk])
+            mass = some.exp()
+            if draws.has_threshold[rows[chunk]].any():
+                threshold = torch.from_numpy(draws.threshold[rows[chunk]]).to(self._device)[:, None]
+                mass *= some >= threshold
             totals[chunk] = mass.sum(dim=-1, dtype=torch.float64).cpu().numpy()
         return totals
 
     def _draw_from_all(self, scaled: torch.Tensor, draws: _Draws, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Gumbel-max over the whole vocabulary, without any sort."""
-
-        def column(values: NDArray[np.int64]) -> torch.Tensor:
-            return torch.from_numpy(values[rows]).to(self._device)[:, None]
-
-        zero = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
-        counter = (self._blocks, zero, column(draws.position_low), column(draws.position_high))
-        words = torch.stack(philox4x32(counter, (column(draws.seed_low), column(draws.seed_high))), dim=-1)
-        words = words.reshape(len(rows), -1)[:, : self._vocab_size]
-        uniform = (words.to(torch.float64) + 0.5) * 2.0**-32
-        some = scaled[torch.from_numpy(rows).to(self._device)]
-        threshold = torch.from_numpy(draws.threshold[rows]).to(self._device)[:, None]
-        some = some.masked_fill(some < threshold, -torch.inf)
-        keys = some.to(torch.float64) - uniform.log_().neg_().log_()
+        some = _rows_of(scaled, rows)
+        words = self._words(draws, rows)[:, : self._vocab_size]
+        keys = words.add_(0.5).mul_(2.0**-32).log_().neg_().log_().neg_().add_(some)
+        if draws.has_threshold[rows].any():
+            threshold = torch.from_numpy(draws.threshold[rows]).to(self._device)[:, None]
+            keys.masked_fill_(some < threshold, -torch.inf)
         token_ids: NDArray[np.int64] = keys.argmax(dim=-1).cpu().numpy()
         return token_ids
+
+    def _words(self, draws: _Draws, rows: NDArray[np.int64]) -> torch.Tensor:
+        """The random word of every token id, as float64: (num_rows, vocab_size rounded up to whole blocks)."""
+        counter = (
+            self._blocks,
+            np.zeros((1, 1), np.int64),
+            draws.position_low[rows, None],
+            draws.position_high[rows, None],
+        )
+        key = (draws.seed_low[rows, None], draws.seed_high[rows, None])
+        if self._device.type == "cpu":  # numpy's integer loops are twice as fast as torch's there
+            words = [torch.from_numpy(word) for word in philox4x32(counter, key)]
+        else:
+            c0, c1, c2, c3 = (torch.from_numpy(word).to(self._device) for word in counter)
+            k0, k1 = (torch.from_numpy(word).to(self._device) for word in key)
+            words = list(philox4x32((c0, c1, c2, c3), (k0, k1)))
+        by_token = torch.empty((*words[0].shape, WORDS_PER_BLOCK), dtype=torch.float64, device=self._device)
+        for i, word in enumerate(words):
+            by_token[..., i] = word
+        return by_token.reshape(len(rows), -1)
 
     def _logprobs(
         self, logits: torch.Tensor, token_ids: NDArray[np.int64], columns: SamplingColumns, errors: dict[int, str]
@@ -190,7 +199,11 @@ class _Draws:
 
     @property
     def is_filtered(self) -> NDArray[np.bool_]:
-        return self.needs_order | (self.threshold > -np.inf)
+        return self.needs_order | self.has_threshold
+
+    @property
+    def has_threshold(self) -> NDArray[np.bool_]:
+        return self.threshold > -np.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +231,22 @@ class _Candidates:
         width = values.shape[1]
         num_certain = np.full(len(values), width) if is_whole else (values > values[:, -1:]).sum(axis=1)
         return cls(values, ids, num_certain)
+
+    @classmethod
+    def of_whole_row(
+        cls, row: torch.Tensor, draws: _Draws, rows: NDArray[np.int64], totals: NDArray[np.float64]
+    ) -> _Candidates:
+        """Exactly the tokens of one row (vocab,) that pass its filters. Only the values are sorted, which is several
+        times faster than sorting ids with them; the last kept value then tells which tokens stay."""
+        values: NDArray[np.float32] = row.cpu().numpy()
+        ordered = -np.sort(-values)
+        whole = cls(ordered[None, :], np.empty((1, 0), np.int64), np.array([len(values)]))
+        num_kept = int(whole.num_kept(draws, rows, totals)[0])
+        last = ordered[num_kept - 1]
+        better = np.flatnonzero(values > last)
+        equal = np.flatnonzero(values == last)[: num_kept - len(better)]
+        kept = np.concatenate([better, equal])
+        return cls(values[None, kept], kept[None, :], np.array([num_kept]))
 
     def num_kept(self, draws: _Draws, rows: NDArray[np.int64], totals: NDArray[np.float64]) -> NDArray[np.int64]:
         """How many of the candidates pass min-p, top-k and top-p; 0 where the candidates do not decide it.
@@ -263,3 +292,8 @@ class _Candidates:
         winners = keys.argmax(axis=1)
         drawn: NDArray[np.int64] = ids[np.arange(len(known)), winners]
         return drawn
+
+
+def _rows_of(table: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+    """Some rows of a table, without a copy where they are all of its rows. `rows` are distinct and rising."""
+    return table if len(rows) == len(table) else table[torch.from_numpy(rows).to(table.device)]
