@@ -64,6 +64,10 @@ class TextEmbedder(Protocol):
         """Vectors (n, dim), L2-normalised; tokens read of each text; whether each was longer than the window."""
         ...
 
+    def fits(self, text: str) -> bool:
+        """Whether the whole text is within the window. May be called while another thread embeds."""
+        ...
+
 
 class Embedder:
     """A sentence-transformers model on the CPU. One thread at a time may call it.
@@ -89,7 +93,7 @@ class Embedder:
         if not self._has_threads:  # OpenMP keeps the count per calling thread, so it is set by the one that embeds
             torch.set_num_threads(self._config.num_threads)
             self._has_threads = True
-        encodings = self._tokenizer.encode_batch(list(texts))
+        encodings = self._tokenizer.encode_batch([_readable(text) for text in texts])
         ids = [encoding.ids for encoding in encodings]
         truncated = [bool(encoding.overflowing) for encoding in encodings]
         vectors = np.empty((len(ids), self.dim), np.float32)
@@ -100,6 +104,9 @@ class Embedder:
             rows = by_length[start : start + self._config.max_batch_size]
             vectors[rows] = self._embed_batch([ids[i] for i in rows])
         return vectors, [len(row) for row in ids], truncated
+
+    def fits(self, text: str) -> bool:
+        return not self._tokenizer.encode(_readable(text)).overflowing
 
     def _embed_batch(self, rows: list[list[int]]) -> Vectors:
         longest = max(len(row) for row in rows)
@@ -200,6 +207,11 @@ class MicroBatcher:
                 if not item[1].done():  # a caller that left
                     batch.append(item)
         return batch
+
+
+def _readable(text: str) -> str:
+    """Half a surrogate pair is valid in JSON and in `str`, but no tokenizer takes it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -273,9 +273,10 @@ DIRECTIONS = frozenset(_words("from to into onto than of by with over under befo
 
 FUNCTION_WORDS = frozenset(
     _words(
-        "a an the i you he she it we they me him her us them my your his its our their this that these those is am are was "
-        "were be been being do does did done have has had having can could will would shall should may might must to of in "
-        "on at by for from with about as into onto than and or but if so what which who whom whose when where why how "
-        "there here just also very really too please some any many much more most"
+        "a an the i you he she it we they me him her us them my your his its our their this that these those "
+        "is am are was were be been being do does did done have has had having can could will would shall "
+        "should may might must to of in on at by for from with about as into onto than and or but if so what "
+        "which who whom whose when where why how there here just also very really too please some any many "
+        "much more most"
     )
 )
