@@ -27,7 +27,7 @@ from replicas.types import (
     Usage,
 )
 
-VOCABULARY = [" the", " river", "mill", " turns", ".", " grün", "\n", " 42", " 水", "-", " wheel", "s", " é", " and", "!", "x"]
+VOCABULARY = " the| river|mill| turns|.| grün|\n| 42| 水|-| wheel|s| é| and|!|x".split("|")
 CONTEXT = 512
 MAX_ANSWER = 24
 

@@ -1,4 +1,4 @@
-"""A gateway over fakes, its app, and clients for it: httpx over ASGI, the official openai client, and a bare ASGI driver.
+"""A gateway over fakes, its app, and its clients: httpx over ASGI, the official openai client, a bare ASGI driver.
 
 The bare driver exists because an ASGI transport hands a response over only when it is complete: what is flushed when,
 and what a disconnect does, shows only message by message.
@@ -26,7 +26,6 @@ from router.policy import CheapestCapablePolicy, RoutingPolicy
 from router.quality import FirstEstimate
 from router.settings import EmbedderInfo, FailoverSettings, GatewaySettings
 
-
 MODELS = (
     ModelEntry("small", Price(1.0, 4.0, cached_usd=0.1), quality=0.55, aliases=("tiny",), created=1),
     ModelEntry("large", Price(10.0, 40.0), quality=0.9, created=2),
@@ -50,6 +49,14 @@ class Harness:
         transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
         client = httpx2.AsyncClient(transport=transport, base_url="http://millrace/v1")
         return AsyncOpenAI(api_key=api_key, base_url="http://millrace/v1", http_client=client, max_retries=0)
+
+    async def until_open(self, num_streams: int) -> None:
+        """Steps the loop until the backend has that many streams in work."""
+        for _ in range(1000):
+            if self.backend.num_open >= num_streams:
+                return
+            await asyncio.sleep(0)
+        raise AssertionError(f"{self.backend.num_open} streams are open, not {num_streams}")
 
     def metric(self, line: str) -> float:
         """The value of the series that is written exactly so; 0 where it does not exist."""
