@@ -6,6 +6,7 @@ Knows HTTP; how an answer comes about is `gateway.py`'s. Errors are raised as th
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -50,8 +51,9 @@ def create_app(gateway: Gateway, settings: GatewaySettings) -> FastAPI:
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_middleware(FrontDoor, authenticator=Authenticator(settings.api_keys), metrics=gateway.metrics)
     chunks = (replies.ChatCompletionChunk, replies.CompletionChunk)
-    document = describe(app, chunks=chunks, with_auth=bool(settings.api_keys))
-    app.openapi = lambda: document  # type: ignore[method-assign]
+    # made when first asked for: it takes longer than everything else here
+    document = functools.cache(lambda: describe(app, chunks=chunks, with_auth=bool(settings.api_keys)))
+    app.openapi = document  # type: ignore[method-assign]
     return app
 
 
