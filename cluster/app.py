@@ -9,11 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from pydantic import ValidationError
 from ray import serve
 from ray.serve.schema import LoggingConfig
-from router.catalog import Catalog, ModelEntry, Price
-from router.settings import ApiKey, EmbedderInfo, GatewaySettings
 
 from cache.server import CacheServer, CacheServerConfig
 from cluster.config import (
@@ -21,14 +18,16 @@ from cluster.config import (
     EngineSection,
     MillraceConfig,
     ModelSection,
-    check_config,
+    check_args,
     default_cache_path,
     read_keys,
 )
 from cluster.placement import CACHE_CPUS, GATEWAY_CPUS, Resources, model_resources
 from replicas.engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from router.catalog import Catalog, ModelEntry, Price
 from router.policy import CheapestCapablePolicy, FixedPolicy, RoutingPolicy
 from router.server import GatewayServer, GatewayServerConfig
+from router.settings import ApiKey, EmbedderInfo, GatewaySettings
 
 APP_NAME = "millrace"
 
@@ -37,12 +36,8 @@ UNLIMITED = 100_000
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
-    """Raises ValueError with one line per mistake, which Serve shows as the application's message."""
-    try:
-        config = check_config(args)
-    except ValidationError as error:
-        raise ValueError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
-    return build(config, cluster_gpus=ray.cluster_resources().get("GPU", 0.0))
+    """Raises ConfigError with one line per mistake, which Serve shows as the application's message."""
+    return build(check_args(args), cluster_gpus=ray.cluster_resources().get("GPU", 0.0))
 
 
 def build(config: MillraceConfig, cluster_gpus: float, max_start_attempts: int = 3) -> serve.Application:

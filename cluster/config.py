@@ -229,8 +229,21 @@ def parse_config(text: str, source: str = "configuration") -> MillraceConfig:
     return config
 
 
+def check_args(args: dict[str, Any]) -> MillraceConfig:
+    """The `args:` of a Serve application, `${NAME}` and all, to a configuration. Raises ConfigError."""
+    data, missing = _expand_environment(args, dict(os.environ))
+    found = [Problem(0, _dotted(loc), message) for loc, message in missing]
+    try:
+        config = check_config(data)
+    except ValidationError as error:
+        raise ConfigError("args", found + problems(None, error)) from None
+    if found:
+        raise ConfigError("args", found)
+    return config
+
+
 def check_config(data: dict[str, Any]) -> MillraceConfig:
-    """A plain mapping (the `args:` of a Serve application) to a configuration. Raises pydantic's ValidationError."""
+    """A plain mapping, complete as it is, to a configuration. Raises pydantic's ValidationError."""
     return MillraceConfig.model_validate(data)
 
 

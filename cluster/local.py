@@ -21,7 +21,16 @@ from typing import Any
 import httpx
 
 from cluster.config import MillraceConfig
-from cluster.placement import CACHE_CPUS, GATEWAY_CPUS, MODEL_CPUS, Resources, threads_per_replica, total_cpus
+from cluster.placement import (
+    CACHE_CPUS,
+    GATEWAY_CPUS,
+    MODEL_CPUS,
+    Resources,
+    check_gpus,
+    model_resources,
+    threads_per_replica,
+    total_cpus,
+)
 
 GIB = 2**30
 OBJECT_STORE_BYTES = 256 * 2**20  # requests and chunks travel by value; the store holds next to nothing
@@ -117,7 +126,15 @@ class LocalCluster:
 
         from cluster.app import APP_NAME, build
 
-        app = build(with_local_threads(self.config), ray.cluster_resources().get("GPU", 0.0), max_start_attempts=1)
+        num_gpus = ray.cluster_resources().get("GPU", 0.0)
+        try:
+            check_gpus(
+                [(model_resources(m.engine.device, m.num_gpus, num_gpus), m.num_replicas) for m in self.config.models],
+                num_gpus,
+            )
+        except ValueError as error:
+            raise StartError(str(error)) from None
+        app = build(with_local_threads(self.config), num_gpus, max_start_attempts=1)
         failure: list[BaseException] = []
 
         def deploy() -> None:
@@ -178,6 +195,7 @@ def prepare_environment() -> str | None:
         RAY_USAGE_STATS_ENABLED="0",
         RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="0",
         RAY_SERVE_HAPROXY_METRICS_ENABLED="0",
+        RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S="660",  # HAProxy cuts streams this long after any reload; it must outlast them
         HF_HUB_DISABLE_TELEMETRY="1",
         TOKENIZERS_PARALLELISM="false",
     )

@@ -23,15 +23,22 @@ class Resources:
 def model_resources(device: str, num_gpus: float | None, cluster_gpus: float) -> Resources:
     """`device` as in `ModelConfig`; `num_gpus` None asks for one GPU where the device allows it and there is one.
 
-    Raises ValueError with the numbers where the cluster can never satisfy it."""
+    More than `cluster_gpus` may be asked for: a cluster that grows brings them later. Raises ValueError where device
+    and GPUs contradict each other."""
     if device == "cpu":
         if num_gpus:
             raise ValueError(f"device is cpu, yet {num_gpus:g} GPUs are asked for")
         return Resources(MODEL_CPUS)
-    wanted = num_gpus if num_gpus is not None else (1.0 if device != "auto" or cluster_gpus >= 1 else 0.0)
+    if num_gpus is not None:
+        return Resources(MODEL_CPUS, num_gpus)
+    return Resources(MODEL_CPUS, 1.0 if device != "auto" or cluster_gpus >= 1 else 0.0)
+
+
+def check_gpus(replicas: Sequence[tuple[Resources, int]], cluster_gpus: float) -> None:
+    """For a cluster that does not grow: raises ValueError with the numbers where (resources, replicas) never fit."""
+    wanted = sum(resources.num_gpus * count for resources, count in replicas)
     if wanted > cluster_gpus:
-        raise ValueError(f"a replica needs {wanted:g} GPUs and the cluster has {cluster_gpus:g}")
-    return Resources(MODEL_CPUS, wanted)
+        raise ValueError(f"the models need {wanted:g} GPUs together and this machine has {cluster_gpus:g}")
 
 
 def threads_per_replica(num_cores: int, num_replicas: int) -> int:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import Resources, model_resources, threads_per_replica, total_cpus
+from cluster.placement import Resources, check_gpus, model_resources, threads_per_replica, total_cpus
 
 
 @pytest.mark.parametrize(
@@ -22,10 +22,15 @@ def test_gpus_follow_device_and_cluster(device: str, num_gpus: float | None, clu
     assert model_resources(device, num_gpus, cluster_gpus).num_gpus == gpus
 
 
-@pytest.mark.parametrize(("device", "num_gpus"), [("cuda", None), ("auto", 2), ("cpu", 1)])
-def test_what_can_never_be_placed_is_refused_with_the_numbers(device: str, num_gpus: float | None) -> None:
-    with pytest.raises(ValueError, match=r"\d|GPUs"):
-        model_resources(device, num_gpus, 0)
+def test_a_contradiction_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 GPUs"):
+        model_resources("cpu", 1, 8)
+
+
+def test_a_machine_with_too_few_gpus_is_refused_with_the_numbers() -> None:
+    check_gpus([(Resources(1.0, 0.5), 2)], 1)
+    with pytest.raises(ValueError, match=r"3 GPUs.*has 2"):
+        check_gpus([(Resources(1.0, 1), 3)], 2)
 
 
 @given(st.integers(1, 256), st.integers(0, 256))

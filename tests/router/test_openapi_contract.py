@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-import pytest
 import schemathesis
-from gateway_harness import chat, harness, sse_data
-from hypothesis import HealthCheck, Phase, settings
+from gateway_harness import harness
 from schemathesis.checks import CHECKS
-
-from router.replies import ChatCompletionChunk, CompletionChunk
 
 APP = harness().app
 logging.getLogger("httpx").setLevel(logging.WARNING)
