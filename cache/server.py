@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cache.types import CachedAnswer, CacheMiss, CacheQuery, LookupResult
@@ -25,17 +24,16 @@ class CacheServer:
     async def __init__(self, config: CacheServerConfig) -> None:  # type: ignore[misc]
         # Imported here: a gateway reads this module for the deployment's name and must load no torch.
         from cache.decision import ThresholdDecision
-        from cache.embedder import Embedder
+        from cache.embedder import Embedder, EmbedderConfig
         from cache.index import VectorIndex
         from cache.semantic_cache import CacheSettings, SemanticCache
         from cache.store import RedisStore, SqliteStore, Store
 
-        embedder = Embedder(config.embedder)
+        embedder = Embedder(EmbedderConfig(config.embedder))
         store: Store
         if config.redis_url is not None:
             store = RedisStore(config.redis_url, namespace="millrace")
         else:
-            Path(config.sqlite_path).parent.mkdir(parents=True, exist_ok=True)
             store = SqliteStore(config.sqlite_path)
         self._cache = SemanticCache(
             store=store,

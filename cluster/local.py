@@ -195,7 +195,8 @@ def prepare_environment() -> str | None:
         RAY_USAGE_STATS_ENABLED="0",
         RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="0",
         RAY_SERVE_HAPROXY_METRICS_ENABLED="0",
-        RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S="660",  # HAProxy cuts streams this long after any reload; it must outlast them
+        # HAProxy cuts streams this long after any of its reloads: longer than any stream is.
+        RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S="3600",
         HF_HUB_DISABLE_TELEMETRY="1",
         TOKENIZERS_PARALLELISM="false",
     )
