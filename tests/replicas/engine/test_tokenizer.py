@@ -84,8 +84,7 @@ class ByteLevelOracle:
                 continue
             for piece in regex.split(r"(\p{N})", part):
                 for word in self.words.findall(piece):
-                    # The bundled vocabulary lacks a few control bytes; llama.cpp and tokenizers drop them.
-                    ids.extend(self.ids[token] for token in self.merge(word) if token in self.ids)
+                    ids.extend(self.ids[token] for token in self.merge(word))
         return ids
 
     def knows(self, text: str) -> bool:
@@ -93,8 +92,9 @@ class ByteLevelOracle:
         return all(alphabet[byte] in self.ids for byte in text.encode())
 
     def merge(self, word: str) -> list[str]:
-        alphabet = byte_alphabet()
-        parts = [alphabet[byte] for byte in word.encode()]
+        # The bundled vocabulary lacks a few control bytes: BPE goes on as if they were not in the text (tokenizers and
+        # transformers; llama.cpp drops them after merging).
+        parts = [char for byte in word.encode() if (char := byte_alphabet()[byte]) in self.ids]
         while len(parts) > 1:
             rank, at = min((self.ranks.get((a, b), 1 << 30), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
             if rank == 1 << 30:
@@ -119,7 +119,7 @@ pieces = st.sampled_from([" ", "  ", "\n", "12", "it's", "é", "你", "👩", "a
 any_text = st.one_of(st.text(max_size=30), st.lists(pieces, max_size=12).map("".join))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(any_text)
 def test_random_text_agrees_with_the_oracle(text: str) -> None:
     ids = bundled_tokenizer().encode(text)
@@ -152,7 +152,7 @@ def sentencepiece_oracle(text: str) -> list[int]:
 words = st.sampled_from(["hello", " ", "world", "he", "ll", "你", "好", "é", "👩", "Z", "<|tool|>", "</s>", "or", "w"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(words, max_size=10).map("".join))
 def test_sentencepiece_agrees_with_the_oracle(text: str) -> None:
     tokenizer = sentencepiece_tokenizer()
