@@ -80,7 +80,7 @@ class Ragged:
         return KERNELS.paged_attention(self.q, self.k_cache, self.v_cache, self.plan, scale)
 
     def expected(self, scale: float) -> Tensor:
-        pieces = self.q.split(self.query_lens)
+        pieces = torch.split(self.q, self.query_lens)
         return torch.cat([dense_attention(q, k, v, scale) for q, k, v in zip(pieces, self.k, self.v, strict=True)])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils._paths import filter_repo_objects
 from paged_driver import PagedDriver, build
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -193,7 +194,7 @@ def test_a_hub_id_is_downloaded_without_pickles_and_subfolders(folder: Path, mon
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_source("someone/some-model") == folder
     assert asked["repo_id"] == "someone/some-model"
-    wanted = huggingface_hub.utils.filter_repo_objects(
+    wanted = filter_repo_objects(
         ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "onnx/config.json", "README.md"],
         allow_patterns=asked["allow_patterns"],
         ignore_patterns=asked["ignore_patterns"],
