@@ -72,7 +72,8 @@ class Worker:
 
     def start(self) -> int:
         """Weights, a trial step, the KV cache; returns its number of blocks. Raises ValueError as `Executor.start`."""
-        torch.set_num_threads(self.config.num_threads or usable_cores())
+        # loading is many small copies: shared out, they mostly wait for one another on a busy machine
+        torch.set_num_threads(1)
         with self._phase("open"):
             checkpoint = open_checkpoint(self.info.path or resolve_source(self.config.model.source))
         with self._phase("load_weights"):
@@ -80,6 +81,7 @@ class Worker:
             with torch.device(self.device):
                 self.model = Transformer(transformer, self.kernels, self.method, self.method)
             load_weights(self.model, checkpoint)
+        torch.set_num_threads(self.config.num_threads or usable_cores())
         with self._phase("trial_step"):
             workspace_bytes = self._run_largest_step()
         with self._phase("kv_cache"):

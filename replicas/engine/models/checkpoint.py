@@ -54,6 +54,13 @@ class Fields:
     def integer(self, key: str, default: int | None = None) -> int:
         return int(self._number(key, default))
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self.integer(key, default)
+        if value < 1:
+            raise ValueError(f"{self.path}: {key!r} should be positive, not {value}")
+        return value
+
     def real(self, key: str, default: float | None = None) -> float:
         return float(self._number(key, default))
 

@@ -60,8 +60,8 @@ class GgufModel:
         arch, fields = self.architecture(), self.fields
         if fields.integer(f"{arch}.expert_count", 0):
             raise ValueError(f"{self.path}: mixtures of experts are not supported")
-        hidden, num_heads = fields.integer(f"{arch}.embedding_length"), fields.integer(f"{arch}.attention.head_count")
-        head_dim = fields.integer(f"{arch}.attention.key_length", hidden // num_heads)
+        hidden, num_heads = fields.size(f"{arch}.embedding_length"), fields.size(f"{arch}.attention.head_count")
+        head_dim = fields.size(f"{arch}.attention.key_length", hidden // num_heads)
         embedding = self.file.tensors.get("token_embd.weight")
         if embedding is None:
             raise ValueError(f"{self.path}: tensor token_embd.weight is missing")
@@ -69,13 +69,13 @@ class GgufModel:
         return TransformerConfig(
             vocab_size=embedding.shape[0],
             hidden_size=hidden,
-            intermediate_size=fields.integer(f"{arch}.feed_forward_length"),
-            num_layers=fields.integer(f"{arch}.block_count"),
+            intermediate_size=fields.size(f"{arch}.feed_forward_length"),
+            num_layers=fields.size(f"{arch}.block_count"),
             num_heads=num_heads,
-            num_kv_heads=fields.integer(f"{arch}.attention.head_count_kv", num_heads),
+            num_kv_heads=fields.size(f"{arch}.attention.head_count_kv", num_heads),
             head_dim=head_dim,
             rms_norm_eps=fields.real(f"{arch}.attention.layer_norm_rms_epsilon"),
-            max_position=fields.integer(f"{arch}.context_length"),
+            max_position=fields.size(f"{arch}.context_length"),
             rope=self._rope(arch, head_dim),
             tie_word_embeddings="output.weight" not in tensors,
             has_qkv_bias="blk.0.attn_q.bias" in tensors,
@@ -108,7 +108,7 @@ class GgufModel:
             if name == _ROPE_FREQS:
                 continue
             tensor = self.file.read(name, dtype)
-            num_heads = heads.get(name.split(".")[-2])
+            num_heads = next((count for part, count in heads.items() if f".{part}." in name), None)
             if num_heads is not None:
                 if tensor.shape[0] % (2 * num_heads):
                     raise ValueError(f"{self.path}: the rows of {name} do not divide into {num_heads} heads of halves")
@@ -117,7 +117,7 @@ class GgufModel:
 
     def _rope(self, arch: str, head_dim: int) -> RopeConfig:
         fields = self.fields
-        rotary_dim = fields.integer(f"{arch}.rope.dimension_count", head_dim)
+        rotary_dim = fields.size(f"{arch}.rope.dimension_count", head_dim)
         theta = fields.real(f"{arch}.rope.freq_base", 10_000.0)
         scaling = fields.text(f"{arch}.rope.scaling.type", "none")
         factor = fields.real(f"{arch}.rope.scaling.factor", fields.real(f"{arch}.rope.scale_linear", 1.0))
@@ -125,8 +125,8 @@ class GgufModel:
             divisors = tuple(self.file.read(_ROPE_FREQS, torch.float32).tolist())
             return RopeConfig(rotary_dim, theta, freq_divisors=divisors)
         if scaling == "yarn":
-            trained = fields.integer(f"{arch}.context_length")
-            original = fields.integer(f"{arch}.rope.scaling.original_context_length", trained)
+            trained = fields.size(f"{arch}.context_length")
+            original = fields.size(f"{arch}.rope.scaling.original_context_length", trained)
             attention = fields.real(f"{arch}.rope.scaling.attn_factor", 1.0) * yarn_attention_factor(factor)
             return RopeConfig(rotary_dim, theta, "yarn", factor, original, attention_factor=attention)
         if scaling == "linear" or (scaling == "none" and factor != 1.0):

@@ -47,17 +47,17 @@ class HfFolder:
         activation = config.text("hidden_act", "silu")
         if activation != "silu":
             raise ValueError(f"{config.path}: hidden_act {activation!r} is not supported; only 'silu' is")
-        hidden, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+        hidden, num_heads = config.size("hidden_size"), config.size("num_attention_heads")
         has_bias = config.flag("attention_bias", False) and architecture == "LlamaForCausalLM"
-        rope = _rope(config, config.integer("head_dim", hidden // num_heads))
+        rope = _rope(config, config.size("head_dim", hidden // num_heads))
         return TransformerConfig(
-            vocab_size=config.integer("vocab_size"),
+            vocab_size=config.size("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=config.integer("intermediate_size"),
-            num_layers=config.integer("num_hidden_layers"),
+            intermediate_size=config.size("intermediate_size"),
+            num_layers=config.size("num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=config.integer("num_key_value_heads", num_heads),
-            head_dim=config.integer("head_dim", hidden // num_heads),
+            num_kv_heads=config.size("num_key_value_heads", num_heads),
+            head_dim=config.size("head_dim", hidden // num_heads),
             rms_norm_eps=config.real("rms_norm_eps", 1e-6),
             max_position=self._max_position(rope),
             rope=rope,
@@ -112,13 +112,13 @@ class HfFolder:
     def _max_position(self, rope: RopeConfig) -> int:
         """The trained length, stretched as the scaling says, and no longer than a sliding window: inside the window
         full attention is what the model computes."""
-        length = self.config.integer("max_position_embeddings")
+        length = self.config.size("max_position_embeddings")
         if rope.scaling == "linear":
             length = int(length * rope.factor)
         elif rope.scaling == "yarn":
             length = max(length, int(rope.original_max_position * rope.factor))
         has_window = self.config.flag("use_sliding_window", "sliding_window" in self.config)
-        return min(length, self.config.integer("sliding_window", length)) if has_window else length
+        return min(length, self.config.size("sliding_window", length)) if has_window else length
 
 
 def _rope(config: Fields, head_dim: int) -> RopeConfig:
@@ -130,8 +130,8 @@ def _rope(config: Fields, head_dim: int) -> RopeConfig:
     partial = rope.real("partial_rotary_factor", config.real("partial_rotary_factor", 1.0))
     theta = rope.real("rope_theta", config.real("rope_theta", 10_000.0))
     rotary_dim = int(head_dim * partial)
-    trained = config.integer("max_position_embeddings")
-    original = rope.integer("original_max_position_embeddings", trained)
+    trained = config.size("max_position_embeddings")
+    original = rope.size("original_max_position_embeddings", trained)
     if scaling == "default":
         return RopeConfig(rotary_dim, theta)
     if scaling == "linear":

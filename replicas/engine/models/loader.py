@@ -51,6 +51,7 @@ def read_model_info(config: ModelConfig) -> ModelInfo:
     """Raises ValueError with one sentence if the source is missing, damaged or not supported."""
     checkpoint = open_checkpoint(resolve_source(config.source))
     architecture, transformer = checkpoint.architecture(), checkpoint.transformer_config()
+    _check_heads(transformer, checkpoint.path)
     return ModelInfo(
         architecture=architecture,
         max_model_len=_max_model_len(config, transformer.max_position),
@@ -143,6 +144,13 @@ def _download(hub_id: str) -> Path:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"there is no folder {hub_id} here and the hub could not be asked: {reason}") from error
     return Path(folder)
+
+
+def _check_heads(config: TransformerConfig, path: Path) -> None:
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(f"{path}: {config.num_heads} query heads cannot share {config.num_kv_heads} K/V heads evenly")
+    if config.rope.rotary_dim % 2 or not 0 < config.rope.rotary_dim <= config.head_dim:
+        raise ValueError(f"{path}: {config.rope.rotary_dim} of {config.head_dim} channels cannot be rotated in pairs")
 
 
 def _max_model_len(config: ModelConfig, own: int) -> int:

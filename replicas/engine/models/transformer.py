@@ -45,15 +45,6 @@ class TransformerConfig:
     dtype: str = "bfloat16"
     """The checkpoint's."""
 
-    def __post_init__(self) -> None:
-        sizes = (self.vocab_size, self.hidden_size, self.intermediate_size, self.num_layers, self.num_kv_heads)
-        if min(*sizes, self.head_dim, self.max_position) < 1:
-            raise ValueError("every size in the model's configuration has to be positive")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} K/V heads evenly")
-        if self.rope.rotary_dim % 2 or not 0 < self.rope.rotary_dim <= self.head_dim:
-            raise ValueError(f"{self.rope.rotary_dim} of {self.head_dim} channels of a head cannot be rotated in pairs")
-
 
 class Transformer(nn.Module):
     """Build it under `torch.device(...)`; parameters are uninitialised until every slot has been loaded."""

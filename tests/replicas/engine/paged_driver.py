@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -116,12 +118,9 @@ class PagedDriver:
         return tokens, torch.cat(self.sampler.logits)
 
 
-def build(path: object, dtype: str = "float32") -> Transformer:
+def build(path: Path, dtype: str = "float32") -> Transformer:
     """The model in a folder or GGUF file, on the CPU with reference kernels."""
-    from dataclasses import replace
-    from pathlib import Path
-
-    checkpoint = open_checkpoint(Path(str(path)))
+    checkpoint = open_checkpoint(path)
     config = replace(checkpoint.transformer_config(), dtype=dtype)
     method = UnquantizedLinear()
     model = Transformer(config, ReferenceKernels(), method, method)
