@@ -184,9 +184,9 @@ class SemanticCache:
             assert all(self._records[key].id == id for id, key in self._key_of.items()), "ids point to other records"
             total = sum(record.size_bytes for record in self._records.values())
             assert total == self._num_bytes, f"{total} bytes held, {self._num_bytes} accounted"
-            assert len(self._records) <= self._settings.max_entries, "more entries than allowed"
-            assert self._num_bytes <= self._settings.max_bytes, "more bytes than allowed"
-            if not self._store.is_shared:
+            if not self._store.is_shared:  # another's change may be on its way here
+                assert len(self._records) <= self._settings.max_entries, "more entries than allowed"
+                assert self._num_bytes <= self._settings.max_bytes, "more bytes than allowed"
                 await self._delete_doomed()
                 kept = {entry.key: entry.version for entry in await self._store.load(0.0)}
                 held = {key: record.entry.version for key, record in self._records.items()}
@@ -314,7 +314,8 @@ class SemanticCache:
             except StoreUnavailable as error:
                 # Not kept here either: entries stay a subset of the store, and a lost store means misses.
                 self._counts["store-failed"] += 1
-                logger.warning("cache: an answer is not stored: %s", error.message)
+                if self._store.is_up:  # of one that is down the store itself has told
+                    logger.warning("cache: an answer is not stored: %s", error.message)
                 return
             self._insert(entry)
             self._counts["stored"] += 1
@@ -447,8 +448,7 @@ class SemanticCache:
                     self._is_behind = True
                     return
                 if entry is not None and (record is None or record.entry.version != entry.version):
-                    self._insert(entry)
-                    self._evict()
+                    self._insert(entry)  # who stored it evicts for it; were we to do so too, twice as much would go
 
     async def _upkeep(self) -> None:
         while True:
@@ -463,6 +463,7 @@ class SemanticCache:
         """Remove what has expired, tell the store what it missed, load what was missed here."""
         async with self._writing:
             self._expire()
+            self._evict()
             await self._delete_doomed()
             await self._write_touched()
         if self._is_behind and self._store.is_up:

@@ -357,8 +357,7 @@ class RedisStore:
         if not is_intact:  # trimmed past us, or flushed
             self._position = None
             return []
-        streams = answer.items() if isinstance(answer, Mapping) else answer or ()
-        rows = [row for _, batch in streams for row in (batch[0] if batch and isinstance(batch[0], list) else batch)]
+        rows = [row for _, batch in answer or () for row in batch]
         if rows:
             self._position = rows[-1][0]
         return [change for _, fields in rows if (change := _to_change(fields)) is not None]
