@@ -27,7 +27,24 @@ from replicas.types import (
     Usage,
 )
 
-VOCABULARY = " the| river|mill| turns|.| grün|\n| 42| 水|-| wheel|s| é| and|!|x".split("|")
+VOCABULARY = [
+    " the",
+    " river",
+    "mill",
+    " turns",
+    ".",
+    " grün",
+    "\n",
+    " 42",
+    " 水",
+    "-",
+    " wheel",
+    "s",
+    " é",
+    " and",
+    "!",
+    "x",
+]
 CONTEXT = 512
 MAX_ANSWER = 24
 

@@ -64,7 +64,9 @@ async def test_tenants_share_neither_cache_nor_blocks() -> None:
     assert [attempt.cache_salt for attempt in h.backend.attempts] == ["ann", "ben"]
 
 
-@pytest.mark.parametrize(("given", "is_kept"), [("abc-1.2:3_x", True), ("a b", False), ("ü", False), ("x" * 129, False)])
+@pytest.mark.parametrize(
+    ("given", "is_kept"), [("abc-1.2:3_x", True), ("a b", False), ("ü", False), ("x" * 129, False)]
+)
 async def test_request_ids(given: str, is_kept: bool) -> None:
     async with harness().http() as client:
         replies = [
@@ -89,7 +91,9 @@ async def test_one_log_line_a_request_without_keys_or_prompts(caplog: pytest.Log
     h = harness(settings={"api_keys": KEYS}, backend=FakeBackend(error_after=(1, RuntimeError("broken"))))
     with caplog.at_level(logging.DEBUG):
         async with h.http() as client:
-            await client.post(CHAT, json=chat("my secret prompt"), headers={"x-api-key": "key-a", "x-request-id": "id-1"})
+            await client.post(
+                CHAT, json=chat("my secret prompt"), headers={"x-api-key": "key-a", "x-request-id": "id-1"}
+            )
             await client.get("/health", headers={"x-request-id": "id-2"})
             await client.get("/v1/models", headers={"x-api-key": "key-wrong", "x-request-id": "id-3"})
     lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "millrace.gateway"]

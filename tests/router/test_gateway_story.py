@@ -96,9 +96,11 @@ async def test_auto_takes_the_cheapest_capable_model() -> None:
     hard = await ask(h, chat("First derive, then prove step by step and implement it: 12345 * 9876", model="auto"))
     assert (easy.headers["x-millrace-model"], easy.headers["x-millrace-route-reason"]) == ("small", "cheapest-capable")
     assert hard.headers["x-millrace-model"] == "large" == hard.json()["model"]
-    assert h.metric('millrace:routes_total{model="large",reason="best-quality"}') + h.metric(
-        'millrace:routes_total{model="large",reason="cheapest-capable"}'
-    ) == 1
+    assert (
+        h.metric('millrace:routes_total{model="large",reason="best-quality"}')
+        + h.metric('millrace:routes_total{model="large",reason="cheapest-capable"}')
+        == 1
+    )
 
 
 async def test_auto_passes_over_models_that_are_down_or_silent() -> None:
