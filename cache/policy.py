@@ -220,11 +220,7 @@ _DIRECTIVE = re.compile(r'\s*([!#$%&\'*+.^_`|~\w-]+)(?:=("(?:[^"\\]|\\.)*"|[^,]*
 
 
 def _directives(header: str) -> list[tuple[str, str | None]]:
-    found: list[tuple[str, str | None]] = []
-    for match in _DIRECTIVE.finditer(header):
-        if match[1] is not None:
-            found.append((match[1].lower(), match[2]))
-    return found
+    return [(match[1].lower(), match[2]) for match in _DIRECTIVE.finditer(header) if match[1] is not None]
 
 
 def _delta_seconds(argument: str | None) -> float:

@@ -1,0 +1,280 @@
+"""The lexical gate: what an embedding cannot see between a question and its nearest neighbour. Pure; knows no vectors.
+
+Sentence embeddings place "enable X" beside "disable X" (cosine up to 0.9997 for a negation, reference/router_cache §0)
+and see no difference between 80 and 82. Each check below reads one kind of meaning out of both texts and objects
+where they differ; objecting wrongly costs one answer, passing wrongly serves a false one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from itertools import pairwise
+
+from cache.lexicon import (
+    ANTONYMS,
+    DIRECTIONS,
+    FORMATS,
+    FUNCTION_WORDS,
+    NEGATIONS,
+    NUMBER_WORDS,
+    SCALES,
+    TIME_AND_MEASURE,
+    WH_WORDS,
+)
+
+
+def objection(question: str, neighbour: str) -> str | None:
+    """Why the answer to `neighbour` must not serve `question`, as a short token; None: nothing speaks against it.
+
+    Symmetric, and None for equal texts.
+    """
+    if question == neighbour:
+        return None
+    a, b = _read(question), _read(neighbour)
+    for reason, agree in _CHECKS.items():
+        if not agree(a, b):
+            return reason
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    text: str
+    words: tuple[str, ...]
+    """Lower case, contractions undone, punctuation gone."""
+    numbers: Counter[str]
+    entities: frozenset[str]
+    """Capitalised inside a sentence, or written as only names and identifiers are; lower case."""
+    identifiers: frozenset[str]
+    """As written: code, paths, flags, versions."""
+    quotes: tuple[str, ...]
+
+
+# A word may hold inner dots, slashes and the like (paths, versions, T-shirt) but never ends in one.
+_WORD = re.compile(r"--?\w[\w.+#-]*\w|[^\W_][\w]*(?:[.'’/:+&@#_-]+\w+)*[+#]*|_\w+", re.UNICODE)
+_NUMBER = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+\.\d+(?:\.\d+)+|\d+(?:\.\d+)?|\.\d+")
+_QUOTED = re.compile(r"\"([^\"\n]{1,200})\"|“([^”\n]{1,200})”|`([^`\n]{1,200})`|«([^»\n]{1,200})»")
+_SENTENCE_END = re.compile(r"[.!?:;\n]\s*[\"'“(]*$")
+_OPERATOR = re.compile(r"[=<>]=?|!=|(?<=\d)\s*[*/^%+-]\s*(?=\d)|%|[$€£¥]|(?<![\w-])-(?=\d)")
+
+_CONTRACTIONS = (
+    (re.compile(r"\bcan['’]?t\b|\bcannot\b"), "can not"),
+    (re.compile(r"\bwon['’]?t\b"), "will not"),
+    (
+        re.compile(r"\b(do|does|did|is|are|was|were|has|have|had|would|should|could|must|need|ai|might)n['’]?t\b"),
+        r"\1 not",
+    ),
+    (re.compile(r"['’](?:s|m|re|ve|ll|d)\b"), ""),
+)
+
+
+def _read(text: str) -> _Reading:
+    plain = text.lower()
+    for pattern, replacement in _CONTRACTIONS:
+        plain = pattern.sub(replacement, plain)
+    words = tuple(word.strip("'’") for word in _WORD.findall(plain))
+    entities, identifiers = _names(text)
+    quotes = tuple(next(part for part in match if part).lower() for match in _QUOTED.findall(text) if any(match))
+    return _Reading(text, words, _numbers(plain, words), entities, identifiers, quotes)
+
+
+def _names(text: str) -> tuple[frozenset[str], frozenset[str]]:
+    entities: set[str] = set()
+    identifiers: set[str] = set()
+    for match in _WORD.finditer(text):
+        word = match[0]
+        if _is_identifier(word):
+            identifiers.add(word)
+        elif word[0].isupper() and word.lower() not in FUNCTION_WORDS:
+            starts_sentence = match.start() == 0 or _SENTENCE_END.search(text, 0, match.start()) is not None
+            if not starts_sentence or (len(word) > 1 and word.isupper()):
+                entities.add(_stem(word.lower()))
+    return frozenset(entities), frozenset(identifiers)
+
+
+def _is_identifier(word: str) -> bool:
+    """Written as no plain word is: snake_case, camelCase, v3.11, a/b.py, --flag, C++, or too long to be one."""
+    if len(word) > 40 or word.startswith("--"):
+        return True
+    if any(mark in word for mark in "_@#+") or re.search(r"\w[./:]\w", word):
+        return not _NUMBER.fullmatch(word)
+    has_digit = any(c.isdigit() for c in word)
+    has_letter = any(c.isalpha() for c in word)
+    return (has_digit and has_letter and not re.fullmatch(r"\d+(st|nd|rd|th|s|k|m|%)?", word.lower())) or bool(
+        re.search(r"[a-z][A-Z]", word)
+    )
+
+
+def _numbers(plain: str, words: Sequence[str]) -> Counter[str]:
+    found: Counter[str] = Counter(_canonical(digits) for digits in _NUMBER.findall(plain))
+    total = 0  # "two hundred and five" is one number
+    current: int | None = None
+    for word in [*(part for compound in words for part in compound.split("-")), ""]:
+        if word in SCALES and current is not None:
+            current *= SCALES[word]
+            if SCALES[word] > 100:
+                total, current = total + current, 0
+        elif word in SCALES:
+            found[str(SCALES[word])] += 1
+        elif word in NUMBER_WORDS:
+            value = NUMBER_WORDS[word]
+            if (
+                current is not None
+                and (current == 0 or (current % 10 == 0 and current >= 20))
+                and value < max(current, 100)
+            ):
+                current += value
+            else:
+                if current is not None:
+                    found[str(total + current)] += 1
+                total, current = 0, value
+        elif current is not None and word != "and":
+            found[str(total + current)] += 1
+            total, current = 0, None
+    return found
+
+
+def _canonical(digits: str) -> str:
+    try:
+        value = Decimal(digits.replace(",", ""))
+    except InvalidOperation:  # a version, 3.11.2
+        return digits
+    return str(value.to_integral_value()) if value == value.to_integral_value() else str(value.normalize())
+
+
+def _stem(word: str) -> str:
+    """Singular and plural, and a genitive, are one entity."""
+    word = re.sub(r"['’]s?$", "", word)
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def _same_numbers(a: _Reading, b: _Reading) -> bool:
+    return a.numbers == b.numbers
+
+
+def _same_operators(a: _Reading, b: _Reading) -> bool:
+    """`<` is not `>`, 5 is not 5 %, and $5 is not €5."""
+    return sorted(m.strip() for m in _OPERATOR.findall(a.text)) == sorted(m.strip() for m in _OPERATOR.findall(b.text))
+
+
+def _same_negation(a: _Reading, b: _Reading) -> bool:
+    return sum(word in NEGATIONS for word in a.words) == sum(word in NEGATIONS for word in b.words)
+
+
+def _same_polarity(a: _Reading, b: _Reading) -> bool:
+    """On each axis the poles come in the same order; a text silent on an axis agrees with either pole of it."""
+    axes_a, axes_b = _poles(a.words), _poles(b.words)
+    return all(axes_a[axis] == axes_b[axis] for axis in axes_a.keys() & axes_b.keys())
+
+
+def _poles(words: Sequence[str]) -> Mapping[int, list[int]]:
+    poles: dict[int, list[int]] = {}
+    for word in words:
+        for axis, pole in ANTONYMS.get(word, ()):
+            passed = poles.setdefault(axis, [])
+            if passed[-1:] != [pole]:
+                passed.append(pole)
+    return poles
+
+
+def _same_units(a: _Reading, b: _Reading) -> bool:
+    return _agree_where_both_speak(
+        {TIME_AND_MEASURE[w] for w in a.words if w in TIME_AND_MEASURE},
+        {TIME_AND_MEASURE[w] for w in b.words if w in TIME_AND_MEASURE},
+    )
+
+
+def _agree_where_both_speak(a: set[str], b: set[str]) -> bool:
+    return not a or not b or a == b
+
+
+def _same_format(a: _Reading, b: _Reading) -> bool:
+    """The language or form that is asked for: "in French", "as JSON"."""
+    return {w for w in a.words if w in FORMATS} == {w for w in b.words if w in FORMATS}
+
+
+def _same_question_word(a: _Reading, b: _Reading) -> bool:
+    return _agree_where_both_speak(_wh(a.words), _wh(b.words))
+
+
+def _wh(words: Sequence[str]) -> set[str]:
+    asked = {WH_WORDS[word] for word in words if word in WH_WORDS}
+    return asked | {"quantity" for first, second in pairwise(words) if first == "how" and second in ("many", "much")}
+
+
+def _same_entities(a: _Reading, b: _Reading) -> bool:
+    """What one capitalises the other at least mentions: users do not agree on capitals, only on names."""
+    return _mentions(b, a.entities) and _mentions(a, b.entities)
+
+
+def _mentions(reading: _Reading, names: frozenset[str]) -> bool:
+    if not names:
+        return True
+    mentioned = {_stem(part) for word in reading.words for part in (word, *re.split(r"[-/.]", word))}
+    joined = "".join(reading.words)
+    return all(name in mentioned or (len(name) > 3 and name in joined) for name in names)
+
+
+def _same_identifiers(a: _Reading, b: _Reading) -> bool:
+    return _has_all(b, a.identifiers) and _has_all(a, b.identifiers)
+
+
+def _has_all(reading: _Reading, identifiers: frozenset[str]) -> bool:
+    return all(identifier.lower() in reading.words or identifier in reading.identifiers for identifier in identifiers)
+
+
+def _same_quotes(a: _Reading, b: _Reading) -> bool:
+    return all(quote in b.text.lower() for quote in a.quotes) and all(quote in a.text.lower() for quote in b.quotes)
+
+
+def _same_direction(a: _Reading, b: _Reading) -> bool:
+    """ "from A to B" is not "from B to A": after one preposition stand two words that both texts hold."""
+    after_a, after_b = _after_prepositions(a.words), _after_prepositions(b.words)
+    words_a, words_b = set(a.words), set(b.words)
+    for preposition in after_a.keys() & after_b.keys():
+        only_a, only_b = after_a[preposition] - after_b[preposition], after_b[preposition] - after_a[preposition]
+        if only_a & words_b and only_b & words_a:
+            return False
+    return True
+
+
+def _after_prepositions(words: Sequence[str]) -> Mapping[str, set[str]]:
+    after: dict[str, set[str]] = {}
+    pending: list[str] = []
+    for word in words:
+        if word in DIRECTIONS:
+            pending.append(word)
+        elif word not in FUNCTION_WORDS:
+            for preposition in pending:
+                after.setdefault(preposition, set()).add(word)
+            pending = []
+    return after
+
+
+def _same_foreign_words(a: _Reading, b: _Reading) -> bool:
+    """Scripts that an English embedder reads as unknown tokens must agree word for word."""
+    return Counter(w for w in a.words if _is_foreign(w)) == Counter(w for w in b.words if _is_foreign(w))
+
+
+def _is_foreign(word: str) -> bool:
+    return any(ord(c) > 0x24F and c.isalnum() for c in word)  # beyond Latin Extended-B
+
+
+_CHECKS: Mapping[str, Callable[[_Reading, _Reading], bool]] = {
+    "numbers": _same_numbers,
+    "negation": _same_negation,
+    "polarity": _same_polarity,
+    "units": _same_units,
+    "identifiers": _same_identifiers,
+    "entities": _same_entities,
+    "quotes": _same_quotes,
+    "operators": _same_operators,
+    "format": _same_format,
+    "question-word": _same_question_word,
+    "direction": _same_direction,
+    "script": _same_foreign_words,
+}

@@ -1,0 +1,483 @@
+"""The semantic cache: the story of a lookup and of a store. Knows no HTTP, no models of language and no Ray.
+
+Owns the entries and the index; the store follows. Belongs to one event loop. A failing embedder or store makes
+misses, never errors. What may be compared, and what is near enough, is decided in `policy`, `gate` and `decision`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import time
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cache.decision import Decision
+from cache.embedder import Embedded, MicroBatcher, TextEmbedder
+from cache.flights import Flights
+from cache.gate import objection
+from cache.index import VectorIndex
+from cache.store import Change, Entry, Store, StoreUnavailable
+from cache.types import CachedAnswer, CacheHit, CacheMiss, CacheQuery, LookupResult
+from replicas.types import MillraceError
+
+logger = logging.getLogger(__name__)
+
+_NUM_NEIGHBOURS = 8
+_MAX_SEARCH_ON_LOOP = 4096
+"""A larger partition is searched in a thread: above this a search takes more than 0.4 ms of the event loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSettings:
+    ttl_s: float = 86_400.0
+    max_entries: int = 50_000
+    max_bytes: int = 512 * 2**20
+    flight_timeout_s: float = 30.0
+    """Lease of a leader: how long identical questions wait for its answer before one of them takes over."""
+    upkeep_interval_s: float = 15.0
+    """How often expired entries are removed and times of use written to the store."""
+
+    def __post_init__(self) -> None:
+        for name in ("ttl_s", "max_entries", "max_bytes", "flight_timeout_s", "upkeep_interval_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"cache.{name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """One reading; counters count from the start."""
+
+    num_entries: int
+    num_bytes: int
+    num_partitions: int
+    num_flights: int
+    num_waiters: int
+    is_store_up: bool
+    counts: Mapping[str, int]
+    """hit-exact, hit-semantic, miss, joined, stored, evicted, expired, store-failed, embedder-failed, truncated,
+    below-threshold, and `gate-<reason>` for each neighbour that the gate turned down."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    entry: Entry
+    """Without its embedding, which the index holds."""
+    id: int | None
+    """In the index; None: only an exact match finds it."""
+    size_bytes: int
+
+
+class SemanticCache:
+    def __init__(
+        self,
+        store: Store,
+        embedder: TextEmbedder,
+        index: VectorIndex,
+        decision: Decision,
+        settings: CacheSettings,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock` gives seconds since the epoch: stored dates are compared by other replicas and after a restart."""
+        assert index.dim == embedder.dim, f"index of {index.dim} dimensions for an embedder of {embedder.dim}"
+        self._store = store
+        self._embedder = embedder
+        self._index = index
+        self._decision = decision
+        self._settings = settings
+        self._clock = clock
+        self._batcher = MicroBatcher(embedder)
+        self._flights = Flights(settings.flight_timeout_s)
+        self._records: OrderedDict[str, _Record] = OrderedDict()  # least recently used first
+        self._key_of: dict[int, str] = {}
+        self._num_bytes = 0
+        self._next_id = 0
+        self._expiries: list[tuple[float, str, str]] = []  # heap of (expires_at, key, version); may be outdated
+        self._touched: dict[str, float] = {}  # times of use the store has not seen
+        self._doomed: dict[str, str] = {}  # key -> version, removed here, not yet in the store
+        self._writing = asyncio.Lock()  # store and records change together, one change at a time
+        self._is_behind = False  # a change of another replica was missed
+        self._counts: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._background: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Raises `StoreError` where the store can never work; a store that is down for now is found later."""
+        await self._store.start()
+        await self._resync()
+        self._background.append(asyncio.create_task(self._upkeep()))
+        if self._store.is_shared:
+            self._background.append(asyncio.create_task(self._follow()))
+
+    async def close(self) -> None:
+        self._flights.close()
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, *self._tasks, return_exceptions=True)
+        async with self._writing:
+            await self._delete_doomed()
+            await self._write_touched()
+        await self._batcher.close()
+        await self._store.close()
+
+    async def lookup(self, query: CacheQuery) -> LookupResult:
+        """The stored answer, or a miss. A miss with a `flight` obliges the caller to `store` or `abandon` it."""
+        hit = self._find_exact(query) if query.may_read else None
+        if hit is not None:
+            return self._counted(hit)
+        outcome = await self._take_off(query)
+        if isinstance(outcome, CacheHit):
+            self._counts["joined"] += 1
+            return self._counted(outcome)
+        try:
+            found, embedding = await self._search(query)
+        except BaseException:
+            if outcome is not None:
+                self._flights.abandon(outcome)
+            raise
+        if found is not None:
+            self._flights.settle(query.exact_key, outcome, found)
+            return self._counted(found)
+        self._counts["miss"] += 1
+        return CacheMiss(outcome, embedding)
+
+    async def store(self, query: CacheQuery, miss: CacheMiss, answer: CachedAnswer) -> None:
+        """Give the answer to those who wait for it, and keep it. Completes even if the caller is cancelled."""
+        if not query.may_store:
+            await self.abandon(miss)
+            return
+        hit = CacheHit(answer, "hit-exact", similarity=1.0, age_s=0.0)
+        self._flights.announce(query.exact_key, hit)
+        await self._shielded(self._keep_and_settle(query, miss, hit))
+
+    async def abandon(self, miss: CacheMiss) -> None:
+        if miss.flight is not None:
+            self._flights.abandon(miss.flight)
+
+    async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
+        """L2-normalised embeddings and the number of tokens read. Raises `Overloaded` or `EngineError`."""
+        embedded = await self._batcher.embed_many(texts)
+        return [_to_floats(one) for one in embedded], sum(one.num_tokens for one in embedded)
+
+    def stats(self) -> CacheStats:
+        return CacheStats(
+            num_entries=len(self._records),
+            num_bytes=self._num_bytes,
+            num_partitions=self._index.num_partitions,
+            num_flights=len(self._flights),
+            num_waiters=self._flights.num_waiters,
+            is_store_up=self._store.is_up,
+            counts=dict(self._counts),
+        )
+
+    async def check_integrity(self) -> None:
+        """Records, index and byte count agree with one another, and with the store if that is ours alone."""
+        async with self._writing:
+            indexed = {record.id for record in self._records.values() if record.id is not None}
+            assert indexed == self._index.ids() == set(self._key_of), "records and index disagree"
+            assert all(self._records[key].id == id for id, key in self._key_of.items()), "ids point to other records"
+            total = sum(record.size_bytes for record in self._records.values())
+            assert total == self._num_bytes, f"{total} bytes held, {self._num_bytes} accounted"
+            assert len(self._records) <= self._settings.max_entries, "more entries than allowed"
+            assert self._num_bytes <= self._settings.max_bytes, "more bytes than allowed"
+            if not self._store.is_shared:
+                await self._delete_doomed()
+                kept = {entry.key: entry.version for entry in await self._store.load(0.0)}
+                held = {key: record.entry.version for key, record in self._records.items()}
+                assert kept == held, "store and records disagree"
+
+    # The steps of a lookup
+
+    def _find_exact(self, query: CacheQuery) -> CacheHit | None:
+        record = self._records.get(query.exact_key)
+        return None if record is None else self._hit(record.entry, query, "hit-exact", 1.0)
+
+    async def _take_off(self, query: CacheQuery) -> str | CacheHit | None:
+        """A token of leadership, the answer of whoever leads, or None: on one's own."""
+        if query.may_read:
+            return await self._flights.join(query.exact_key, lambda hit: _is_young(hit, query), query.may_store)
+        return self._flights.lead(query.exact_key) if query.may_store else None
+
+    async def _search(self, query: CacheQuery) -> tuple[CacheHit | None, tuple[float, ...] | None]:
+        """The shared store's exact answer or a neighbour's; else the embedding for whoever makes the answer."""
+        if query.may_read and (hit := await self._find_shared(query)) is not None:
+            return hit, None
+        embedded = await self._embed_question(query.text)
+        if embedded is None:
+            return None, None
+        hit = await self._find_neighbour(query, embedded) if query.may_read else None
+        return hit, _to_floats(embedded)
+
+    async def _find_shared(self, query: CacheQuery) -> CacheHit | None:
+        """An answer that another replica stored and whose news has not come yet."""
+        if not (self._store.is_shared and self._store.is_up):
+            return None
+        try:
+            entry = await self._store.get(query.exact_key)
+        except StoreUnavailable:
+            self._counts["store-failed"] += 1
+            return None
+        return None if entry is None else self._hit(entry, query, "hit-exact", 1.0)
+
+    async def _embed_question(self, text: str | None) -> Embedded | None:
+        if text is None:
+            return None
+        try:
+            return await self._batcher.embed(text)
+        except MillraceError as error:
+            self._counts["embedder-failed"] += 1
+            logger.warning("cache: no embedding, so no semantic match: %s", error.message)
+            return None
+
+    async def _find_neighbour(self, query: CacheQuery, embedded: Embedded) -> CacheHit | None:
+        assert query.text is not None, "only a text has neighbours"
+        if embedded.is_truncated:  # two long texts that begin alike have one embedding
+            self._counts["truncated"] += 1
+            return None
+        search = (query.partition, embedded.vector, _NUM_NEIGHBOURS)
+        if self._index.size(query.partition) > _MAX_SEARCH_ON_LOOP:
+            neighbours = await asyncio.to_thread(self._index.search, *search)
+        else:
+            neighbours = self._index.search(*search)
+        for id, similarity in neighbours:
+            if similarity < self._decision.min_similarity:
+                self._counts["below-threshold"] += 1
+                return None
+            record = self._records.get(self._key_of.get(id, ""))  # it may have gone while a thread searched
+            if record is not None and (hit := self._judge(record.entry, query, similarity)) is not None:
+                return hit
+        return None
+
+    def _judge(self, entry: Entry, query: CacheQuery, similarity: float) -> CacheHit | None:
+        assert query.text is not None, "only a text has neighbours"
+        assert entry.text is not None, "only entries with a text are indexed"
+        reason = objection(query.text, entry.text)
+        if reason is not None:
+            self._counts[f"gate-{reason}"] += 1
+            return None
+        if not self._decision.accepts(entry.key, similarity):
+            return None
+        return self._hit(entry, query, "hit-semantic", min(similarity, 1.0))
+
+    def _hit(self, entry: Entry, query: CacheQuery, kind: Any, similarity: float) -> CacheHit | None:
+        """None where the entry is too old, for itself or for the asker."""
+        now_s = self._clock()
+        hit = CacheHit(entry.answer, kind, similarity, age_s=max(0.0, now_s - entry.created_at))
+        if now_s >= entry.expires_at or not _is_young(hit, query):
+            return None
+        if entry.key in self._records:
+            self._records.move_to_end(entry.key)
+            self._touched[entry.key] = now_s
+        return hit
+
+    def _counted(self, hit: CacheHit) -> CacheHit:
+        self._counts[hit.kind] += 1
+        return hit
+
+    # Keeping entries: everything below changes records, index and store together, under `_writing`
+
+    async def _keep_and_settle(self, query: CacheQuery, miss: CacheMiss, hit: CacheHit) -> None:
+        try:
+            await self._keep(query, miss, hit.answer)
+        finally:
+            # Until now the flight stayed open: a question that came in between waits instead of leading anew.
+            self._flights.settle(query.exact_key, miss.flight, hit)
+
+    async def _keep(self, query: CacheQuery, miss: CacheMiss, answer: CachedAnswer) -> None:
+        embedding = None
+        if query.text is not None and miss.embedding is not None and await self._fits(query.text):
+            embedding = np.asarray(miss.embedding, np.float32)
+        now_s = self._clock()
+        entry = Entry(
+            key=query.exact_key,
+            version=uuid.uuid4().hex,
+            partition=query.partition,
+            text=query.text,
+            answer=answer,
+            embedder=self._embedder.name if embedding is not None else None,
+            embedding=embedding,
+            created_at=now_s,
+            expires_at=now_s + self._settings.ttl_s,
+            last_used=now_s,
+        )
+        if entry.size_bytes > self._settings.max_bytes:
+            return
+        async with self._writing:
+            try:
+                await self._store.put(entry)
+            except StoreUnavailable as error:
+                # Not kept here either: entries stay a subset of the store, and a lost store means misses.
+                self._counts["store-failed"] += 1
+                logger.warning("cache: an answer is not stored: %s", error.message)
+                return
+            self._insert(entry)
+            self._counts["stored"] += 1
+            self._evict()
+            await self._delete_doomed()
+
+    async def _fits(self, text: str) -> bool:
+        """Whether the embedder reads the whole text."""
+        if len(text) < 2_000:
+            return self._embedder.fits(text)
+        return await asyncio.to_thread(self._embedder.fits, text)
+
+    def _insert(self, entry: Entry) -> None:
+        self._drop([entry.key])
+        self._doomed.pop(entry.key, None)
+        id = None
+        embedding = entry.embedding
+        if embedding is not None and entry.embedder == self._embedder.name and embedding.shape == (self._index.dim,):
+            id = self._next_id
+            self._next_id += 1
+            self._index.add(id, entry.partition, embedding)
+            self._key_of[id] = entry.key
+        self._records[entry.key] = _Record(replace(entry, embedding=None), id, entry.size_bytes)
+        self._num_bytes += entry.size_bytes
+        heapq.heappush(self._expiries, (entry.expires_at, entry.key, entry.version))
+
+    def _drop(self, keys: Sequence[str]) -> None:
+        """Forget entries here; the store is told elsewhere."""
+        ids: list[int] = []
+        for key in keys:
+            record = self._records.pop(key, None)
+            self._touched.pop(key, None)
+            if record is None:
+                continue
+            self._num_bytes -= record.size_bytes
+            if record.id is not None:
+                del self._key_of[record.id]
+                ids.append(record.id)
+        if ids:
+            self._index.remove(ids)
+
+    def _evict(self) -> None:
+        """Down to the bounds, the least recently used first; 1 % further, so that a full cache pays once per batch."""
+        settings = self._settings
+        if len(self._records) <= settings.max_entries and self._num_bytes <= settings.max_bytes:
+            return
+        max_entries = settings.max_entries - settings.max_entries // 100
+        max_bytes = settings.max_bytes - settings.max_bytes // 100
+        doomed: list[str] = []
+        num_bytes = self._num_bytes
+        for key, record in self._records.items():
+            if len(self._records) - len(doomed) <= max(1, max_entries) and num_bytes <= max_bytes:
+                break
+            doomed.append(key)
+            num_bytes -= record.size_bytes
+        self._doom(doomed)
+        self._counts["evicted"] += len(doomed)
+
+    def _expire(self) -> None:
+        now_s = self._clock()
+        doomed: list[str] = []
+        while self._expiries and self._expiries[0][0] <= now_s:
+            _, key, version = heapq.heappop(self._expiries)
+            if key in self._records and self._records[key].entry.version == version:
+                doomed.append(key)
+        self._doom(doomed)
+        self._counts["expired"] += len(doomed)
+
+    def _doom(self, keys: Sequence[str]) -> None:
+        self._doomed.update({key: self._records[key].entry.version for key in keys})
+        self._drop(keys)
+
+    async def _delete_doomed(self) -> None:
+        """Tell the store what left; what it does not take now it is told again later."""
+        if not self._doomed:
+            return
+        try:
+            await self._store.delete(self._doomed)
+            self._doomed.clear()
+        except StoreUnavailable:
+            self._counts["store-failed"] += 1
+
+    async def _write_touched(self) -> None:
+        touched, self._touched = self._touched, {}
+        if not touched:
+            return
+        try:
+            await self._store.touch(touched)
+        except StoreUnavailable:
+            self._counts["store-failed"] += 1
+            self._touched = touched | self._touched
+
+    # Following the store
+
+    async def _resync(self) -> None:
+        """Hold what the store holds."""
+        async with self._writing:
+            try:
+                entries = await self._store.load(self._clock())
+            except StoreUnavailable as error:
+                self._is_behind = True
+                logger.warning("cache: entries are not loaded yet: %s", error.message)
+                return
+            self._is_behind = False
+            kept = {entry.key: entry.version for entry in entries}
+            self._drop([key for key, record in self._records.items() if kept.get(key) != record.entry.version])
+            for entry in entries:
+                if entry.key not in self._records and self._doomed.get(entry.key) != entry.version:
+                    self._insert(entry)
+            self._evict()
+            await self._delete_doomed()
+
+    async def _follow(self) -> None:
+        async for change in self._store.follow():
+            if change.kind == "resync":
+                await self._resync()
+            else:
+                await self._apply(change)
+
+    async def _apply(self, change: Change) -> None:
+        async with self._writing:
+            record = self._records.get(change.key)
+            is_held = record is not None and record.entry.version == change.version
+            if change.kind == "delete" and is_held:
+                self._drop([change.key])
+            elif change.kind == "put" and not is_held and self._doomed.get(change.key) != change.version:
+                try:
+                    entry = await self._store.get(change.key)
+                except StoreUnavailable:
+                    self._is_behind = True
+                    return
+                if entry is not None and (record is None or record.entry.version != entry.version):
+                    self._insert(entry)
+                    self._evict()
+
+    async def _upkeep(self) -> None:
+        while True:
+            interval_s = self._settings.upkeep_interval_s
+            await asyncio.sleep(min(1.0, interval_s) if self._is_behind else interval_s)
+            try:
+                await self.tidy()
+            except Exception:  # upkeep must go on whatever one round meets
+                logger.exception("cache: upkeep failed")
+
+    async def tidy(self) -> None:
+        """Remove what has expired, tell the store what it missed, load what was missed here."""
+        async with self._writing:
+            self._expire()
+            await self._delete_doomed()
+            await self._write_touched()
+        if self._is_behind and self._store.is_up:
+            await self._resync()
+
+    async def _shielded(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+
+
+def _is_young(hit: CacheHit, query: CacheQuery) -> bool:
+    return query.max_age_s is None or hit.age_s <= query.max_age_s
+
+
+def _to_floats(embedded: Embedded) -> tuple[float, ...]:
+    return tuple(embedded.vector.tolist())
