@@ -5,14 +5,12 @@ Holds the client's place in the gateway for as long as its answer lasts. Which m
 
 from __future__ import annotations
 
-import logging
 import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -21,14 +19,13 @@ from router.admission import Admission, Permit
 from router.answer import Answer
 from router.errors import reply_for
 from router.gateway import Gateway
+from router.logs import line, log
 from router.openai import ChoiceText, chat_body, completion_body, to_generate_requests, usage_body
 from router.question import Question
 from router.settings import GatewaySettings
 from router.sse import DONE, ChatEvents, CompletionEvents, EventWriter, error_event
 from router.transport import EventStreamReply, JsonReply, read_json_body, unless_gone
 from router.wire import ChatCompletionRequest, CompletionRequest, parse
-
-log = logging.getLogger("millrace.gateway")
 
 
 class Completions:
@@ -178,7 +175,7 @@ async def _events(answer: Answer, writer: EventWriter, with_usage: bool, request
         yield DONE
     except Exception as error:
         if not isinstance(error, MillraceError):
-            log.exception(orjson.dumps({"event": "unexpected error", "request_id": request_id}).decode())
+            log.exception(line("unexpected error", request_id=request_id))
         yield error_event(reply_for(error, request_id).body)
 
 

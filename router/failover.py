@@ -7,15 +7,13 @@ would have said. Knows no Ray; how a replica's death shows is `Backend`'s busine
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Protocol
 
 from replicas.types import Chunk, Emitted, GenerateRequest, ReplicaUnavailable
+from router.logs import line, log
 from router.settings import FailoverSettings
-
-log = logging.getLogger("millrace.gateway")
 
 ATTEMPTS_BEFORE_FALLBACK = 3
 
@@ -61,7 +59,7 @@ async def resumed_stream(
         max_fruitless = ATTEMPTS_BEFORE_FALLBACK if may_fall_back() else settings.max_attempts_without_progress
         if num_fruitless >= max_fruitless:
             raise ReplicaUnavailable(f"No replica of {request.model!r} is available now: {lost.message}") from lost
-        log.info("request %s: replica lost after %d tokens, resuming", request.request_id, seam.num_tokens)
+        log.info(line("resumed", response_id=request.request_id, model=request.model, num_tokens=seam.num_tokens))
         on_resume()
         # an attempt that got somewhere is followed at once; later ones give Serve time to notice the death
         await sleep(min(settings.max_wait_s, settings.first_wait_s * 2.0 ** (num_fruitless - 1)))

@@ -11,16 +11,14 @@ import re
 import time
 import uuid
 
-import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replicas.types import MillraceError
 from router.auth import Authenticator
 from router.errors import ClientGone, reply_for
+from router.logs import line, log
 from router.metrics import GatewayMetrics
 from router.transport import JsonReply
-
-log = logging.getLogger("millrace.gateway")
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """What a load balancer asks without a key."""
@@ -54,7 +52,7 @@ class FrontDoor:
 
     async def _refuse(self, error: Exception, scope: Scope, receive: Receive, visit: _Visit) -> None:
         if not isinstance(error, MillraceError):
-            log.exception(_line(event="unexpected error", request_id=visit.request_id))
+            log.exception(line("unexpected error", request_id=visit.request_id))
         reply = reply_for(error, visit.request_id)
         if isinstance(error, ClientGone):
             visit.status = reply.status  # nobody is left to read it
@@ -70,8 +68,8 @@ class FrontDoor:
         level = logging.WARNING if status >= 500 else logging.INFO
         log.log(
             level,
-            _line(
-                event="request",
+            line(
+                "request",
                 request_id=visit.request_id,
                 method=scope["method"],
                 path=scope["path"][:200],
@@ -102,7 +100,3 @@ class _Visit:
 def _request_id(presented: str) -> str:
     """The client's own, where it is fit for logs and headers, else a fresh one."""
     return presented if REQUEST_ID.fullmatch(presented) else f"req-{uuid.uuid4().hex}"
-
-
-def _line(**fields: object) -> str:
-    return orjson.dumps(fields).decode()

@@ -6,7 +6,6 @@ Knows no HTTP (`app.py`) and no Ray (`server.py`): its neighbours are the two pr
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -30,14 +29,13 @@ from router.answer import Answer, CacheOutcome, Choice, Decision
 from router.catalog import Catalog
 from router.choosing import ModelChooser
 from router.failover import resumed_stream
+from router.logs import line, log
 from router.merging import IndexedChunk, merged
 from router.metrics import GatewayMetrics
 from router.policy import Route, RoutingPolicy
 from router.quality import QualityEstimator
 from router.question import Question
 from router.settings import GatewaySettings
-
-log = logging.getLogger("millrace.gateway")
 
 REPLAY_CHARS = 256
 """A cached answer is replayed in chunks of this size."""
@@ -296,4 +294,4 @@ async def _logged(work: Coroutine[Any, Any, None]) -> None:
     try:
         await work
     except Exception:
-        log.exception("the cache refused an answer")
+        log.exception(line("cache refused an answer"))

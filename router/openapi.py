@@ -88,13 +88,19 @@ def responses(*statuses: int) -> Responses:
 
 def answer_response(whole: type[BaseModel], chunk: type[BaseModel]) -> Responses:
     """A generated answer: one object, or events whose data is a `chunk` each, then `[DONE]`."""
-    events = f"`data: ` lines, each a `{chunk.__name__}` (or an `error` object, which ends the stream), then `[DONE]`."
+    payloads = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in (chunk, ErrorReplyBody)]
+    data = [
+        {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": payloads}},
+        {"const": "[DONE]"},
+    ]
+    # `itemSchema` is OpenAPI 3.2's word for one event; older readers skip it
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": data}}}
     return {
         200: {
             "model": whole,
             "description": "The answer.",
             "headers": _DECISION_HEADERS,
-            "content": {"text/event-stream": {"schema": {"type": "string", "description": events}}},
+            "content": {"text/event-stream": {"itemSchema": event}},
         }
     }
 
