@@ -205,7 +205,7 @@ async def test_early_failures_are_statuses(error: Exception, status: int, code: 
 
 async def test_a_late_failure_ends_the_stream_with_an_error_event() -> None:
     h = harness(backend=FakeBackend(error_after=(2, EngineError("sampling failed"))))
-    reply = await ask(h, chat(stream=True))
+    reply = await ask(h, chat("four", seed=3, stream=True))
     events = sse_data(reply.text)
     assert reply.status_code == 200
     assert events[-1]["error"] == {
