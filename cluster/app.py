@@ -27,7 +27,7 @@ from replicas.engine.config import CacheConfig, EngineConfig, ModelConfig, Sched
 from router.catalog import Catalog, ModelEntry, Price
 from router.policy import CheapestCapablePolicy, FixedPolicy, RoutingPolicy
 from router.server import GatewayServer, GatewayServerConfig
-from router.settings import ApiKey, EmbedderInfo, GatewaySettings
+from router.settings import ApiKey, GatewaySettings
 
 APP_NAME = "millrace"
 
@@ -118,14 +118,13 @@ def cache_config(config: MillraceConfig) -> CacheServerConfig:
 
 def gateway_config(config: MillraceConfig) -> GatewayServerConfig:
     keys = tuple(ApiKey(sha256=digest, tenant=tenant) for digest, tenant in read_keys(config.auth).items())
-    embedder = EmbedderInfo(embedder_id(config.cache.embedder), dimensions=384) if config.cache.enabled else None
     return GatewayServerConfig(
         settings=GatewaySettings(
             api_keys=keys,
             max_concurrent=config.gateway.max_concurrent_requests,
             max_queued=config.gateway.max_queued_requests,
             max_body_bytes=config.server.max_body_bytes,
-            embedder=embedder,
+            embedder=embedder_id(config.cache.embedder) if config.cache.enabled else None,
             cache_sampled=config.cache.cache_sampled,
         ),
         catalog=Catalog([catalog_entry(m) for m in config.models]),

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -44,10 +45,13 @@ POST_ERRORS = (400, 401, 404, 413, 415, 429, 500, 503)
 
 def create_app(gateway: Gateway, settings: GatewaySettings) -> FastAPI:
     """The ASGI application around one gateway. Whoever serves it calls `gateway.close()` at the end."""
-    app = FastAPI(title="Millrace", version="1", redoc_url=None, redirect_slashes=False)
+    # /docs must work, and stay silent towards the outside, on a machine without internet
+    app = FastAPIOffline(
+        title="Millrace", version="1", redoc_url=None, static_url="/docs-assets", redirect_slashes=False
+    )
     admission = Admission(settings.max_concurrent, settings.max_queued, time.monotonic)
     _add_text_routes(app, Completions(gateway, settings, admission), TextTools(gateway, settings, admission))
-    _add_status_routes(app, Status(gateway))
+    _add_status_routes(app, Status(gateway, settings.embedder))
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_middleware(FrontDoor, authenticator=Authenticator(settings.api_keys), metrics=gateway.metrics)
     chunks = (replies.ChatCompletionChunk, replies.CompletionChunk)

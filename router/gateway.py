@@ -144,8 +144,8 @@ class Gateway:
     async def embed(self, model: str, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
         """With the cache's embedder. Raises `ModelNotFound` where `model` is not its id."""
         embedder = self._settings.embedder
-        if self._cache is None or embedder is None or model != embedder.id:
-            there_is = f"the embedding model here is {embedder.id!r}" if embedder else "this endpoint embeds nothing"
+        if self._cache is None or embedder is None or model != embedder:
+            there_is = f"the embedding model here is {embedder!r}" if embedder else "this endpoint embeds nothing"
             raise ModelNotFound(f"The model {model[:200]!r} does not embed; {there_is}.")
         return await self._cache.embed(texts)
 

@@ -142,6 +142,7 @@ class _ReplicaCollector(Collector):
         waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests in the replicas' queues.", labels=MODEL)
         kv_usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", labels=MODEL)
         replicas = GaugeMetricFamily("millrace:replicas", "Replicas that report.", labels=MODEL)
+        intact = GaugeMetricFamily("millrace:blocks_intact", "1 while no replica has lost a KV block.", labels=MODEL)
         preempted = CounterMetricFamily("vllm:num_preemptions", "Preempted requests.", labels=MODEL)
         queries = CounterMetricFamily("vllm:prefix_cache_queries", "Tokens looked up by prefix.", labels=MODEL)
         hits = CounterMetricFamily("vllm:prefix_cache_hits", "Tokens found by prefix.", labels=MODEL)
@@ -153,10 +154,11 @@ class _ReplicaCollector(Collector):
             waiting.add_metric([model], sum(s.num_waiting for s in stats))
             kv_usage.add_metric([model], used / num_blocks if num_blocks else 0.0)
             replicas.add_metric([model], len(stats))
+            intact.add_metric([model], float(all(s.is_intact for s in stats)))
             preempted.add_metric([model], self._never_falling(model, "preempted", [s.num_preemptions for s in stats]))
             queries.add_metric([model], self._never_falling(model, "queries", [s.prefix_queries for s in stats]))
             hits.add_metric([model], self._never_falling(model, "hits", [s.prefix_hits for s in stats]))
-        return (running, waiting, kv_usage, replicas, preempted, queries, hits)
+        return (running, waiting, kv_usage, replicas, intact, preempted, queries, hits)
 
     def _never_falling(self, model: str, name: str, counts: Sequence[int]) -> int:
         key, now = (model, name), sum(counts)

@@ -62,12 +62,13 @@ class GatewayServer:
         self._config = config
         self._backend = ReplicaBackend(models)
         self._cache = CacheClient(cache) if cache is not None else None
+        self._gateway: Gateway | None = None
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve's hook: called on the replica's own loop, after __init__ and before the first request.
         await self._backend.start()
         config = self._config
-        gateway = Gateway(
+        self._gateway = Gateway(
             backend=self._backend,
             cache=self._cache,
             catalog=config.catalog,
@@ -76,7 +77,13 @@ class GatewayServer:
             settings=config.settings,
             metrics=GatewayMetrics([m.id for m in config.catalog.models], self._backend.stats),
         )
-        return create_app(gateway, config.settings)
+        return create_app(self._gateway, config.settings)
+
+    async def __del__(self) -> None:  # type: ignore[misc]
+        # Serve has already waited for running streams (graceful_shutdown_timeout_s) when it calls this.
+        if self._gateway is not None:
+            await self._gateway.close()
+        await self._backend.close()
 
 
 class ReplicaBackend:
@@ -91,6 +98,10 @@ class ReplicaBackend:
     async def start(self) -> None:
         await asyncio.gather(*[self._poll(m) for m in self._handles])
         self._poller = asyncio.create_task(self._poll_forever())
+
+    async def close(self) -> None:
+        if self._poller is not None:
+            self._poller.cancel()
 
     async def stream_once(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         response = self._stream_handle(request.model).remote(request)

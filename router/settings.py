@@ -23,14 +23,6 @@ class ApiKey:
 
 
 @dataclass(frozen=True, slots=True)
-class EmbedderInfo:
-    """The model behind /v1/embeddings; it is the embedder of the semantic cache."""
-
-    id: str
-    dimensions: int
-
-
-@dataclass(frozen=True, slots=True)
 class FailoverSettings:
     """How stubbornly a stream is resumed when its replica is lost.
 
@@ -52,7 +44,8 @@ class GatewaySettings:
     max_queued: int = 1024
     """Requests that may wait for one of those places; the next gets 429."""
     max_body_bytes: int = 8 * 1024 * 1024
-    embedder: EmbedderInfo | None = None
+    embedder: str | None = None
+    """The model id behind /v1/embeddings: the embedder of the semantic cache."""
     cache_sampled: bool = False
     """Answers drawn at a temperature above 0 may be cached, too."""
     expected_completion_tokens: int = 256

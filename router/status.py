@@ -14,8 +14,9 @@ from router.transport import JsonReply
 
 
 class Status:
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, embedder: str | None) -> None:
         self._gateway = gateway
+        self._bodies_without_replicas = [_body(name) for name in (AUTO, embedder) if name is not None]
 
     async def health(self, request: Request) -> Response:
         """This process runs its event loop; nothing is said about models."""
@@ -32,13 +33,16 @@ class Status:
         return JsonReply({"status": "ready" if is_ready else "starting", "models": models}, 200 if is_ready else 503)
 
     async def models(self, request: Request) -> Response:
-        """The catalogue, and the name under which the router chooses from it."""
+        """The catalogue, the name under which the router chooses from it, and the model behind /v1/embeddings."""
         entries = [self._model_body(model) for model in self._gateway.catalog.models]
-        return JsonReply({"object": "list", "data": [*entries, _auto_body()]})
+        return JsonReply({"object": "list", "data": [*entries, *self._bodies_without_replicas]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
-        return JsonReply(_auto_body() if name == AUTO else self._model_body(self._gateway.catalog.resolve(name)))
+        for body in self._bodies_without_replicas:
+            if body["id"] == name:
+                return JsonReply(body)
+        return JsonReply(self._model_body(self._gateway.catalog.resolve(name)))
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._gateway.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
@@ -54,5 +58,5 @@ class Status:
         }
 
 
-def _auto_body() -> dict[str, Any]:
-    return {"id": AUTO, "object": "model", "created": 0, "owned_by": "millrace", "max_model_len": None}
+def _body(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "millrace", "max_model_len": None}

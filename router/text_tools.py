@@ -28,10 +28,9 @@ class TextTools:
 
     async def embed(self, request: Request) -> Response:
         body = await self._parsed(request, EmbeddingRequest)
-        embedder = self._settings.embedder
-        if embedder is not None and body.dimensions not in (None, embedder.dimensions):
-            raise InvalidRequest(f"'dimensions' can only be {embedder.dimensions} with this model.", "dimensions")
         vectors, num_tokens = await self._admitted(request, self._gateway.embed(body.model, body.input))
+        if vectors and body.dimensions not in (None, len(vectors[0])):
+            raise InvalidRequest(f"'dimensions' can only be {len(vectors[0])} with this model.", "dimensions")
         as_base64 = body.encoding_format == "base64"
         return JsonReply(embedding_body(body.model, vectors, num_tokens, as_base64=as_base64))
 

@@ -24,13 +24,13 @@ from router.gateway import Cache, Gateway
 from router.metrics import GatewayMetrics
 from router.policy import CheapestCapablePolicy, RoutingPolicy
 from router.quality import FirstEstimate
-from router.settings import EmbedderInfo, FailoverSettings, GatewaySettings
+from router.settings import FailoverSettings, GatewaySettings
 
 MODELS = (
     ModelEntry("small", Price(1.0, 4.0, cached_usd=0.1), quality=0.55, aliases=("tiny",), created=1),
     ModelEntry("large", Price(10.0, 40.0), quality=0.9, created=2),
 )
-EMBEDDER = EmbedderInfo("minilm", 3)
+EMBEDDER = "minilm"
 QUICK = FailoverSettings(max_attempts_without_progress=4, first_wait_s=0.0, max_wait_s=0.0)
 
 

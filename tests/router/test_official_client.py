@@ -126,7 +126,7 @@ async def test_embeddings_in_both_encodings() -> None:
 
 async def test_models() -> None:
     client = harness().openai()
-    assert [model.id async for model in await client.models.list()] == ["small", "large", "auto"]
+    assert [model.id async for model in await client.models.list()] == ["small", "large", "auto", "minilm"]
     assert (await client.models.retrieve("tiny")).id == "small"
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("none")
