@@ -110,31 +110,31 @@ def _is_identifier(word: str) -> bool:
 
 
 def _numbers(plain: str, words: Sequence[str]) -> Counter[str]:
-    found: Counter[str] = Counter(_canonical(digits) for digits in _NUMBER.findall(plain))
-    total = 0  # "two hundred and five" is one number
-    current: int | None = None
+    return Counter([*map(_canonical, _NUMBER.findall(plain)), *map(str, _spelled_numbers(words))])
+
+
+def _spelled_numbers(words: Sequence[str]) -> list[int]:
+    """The cardinals spelt out: "two hundred and five" is one number, "three and five" are two, a lone "one" is none."""
+    found: list[int] = []
+    total = current = num_words = 0
+    after_scale = False
     for word in [*(part for compound in words for part in compound.split("-")), ""]:
-        if word in SCALES and current is not None:
-            current *= SCALES[word]
-            if SCALES[word] > 100:
-                total, current = total + current, 0
-        elif word in SCALES:
-            found[str(SCALES[word])] += 1
-        elif word in NUMBER_WORDS:
-            value = NUMBER_WORDS[word]
-            if (
-                current is not None
-                and (current == 0 or (current % 10 == 0 and current >= 20))
-                and value < max(current, 100)
-            ):
-                current += value
-            else:
-                if current is not None:
-                    found[str(total + current)] += 1
-                total, current = 0, value
-        elif current is not None and word != "and":
-            found[str(total + current)] += 1
-            total, current = 0, None
+        value = 1 if word == "one" else NUMBER_WORDS.get(word)
+        is_tail = after_scale or (current % 100 >= 20 and current % 10 == 0 and value is not None and value < 10)
+        if word == "and" and after_scale:
+            continue
+        if num_words and word not in SCALES and not (value is not None and is_tail):
+            if num_words > 1 or current != 1:
+                found.append(total + current)
+            total = current = num_words = 0
+        after_scale = word in SCALES
+        if word in SCALES:
+            scaled = (current or 1) * SCALES[word]
+            total, current = (total, scaled) if SCALES[word] == 100 else (total + scaled, 0)
+            num_words += 2  # a lone "hundred" counts
+        elif value is not None:
+            current += value
+            num_words += 1
     return found
 
 

@@ -269,7 +269,7 @@ FORMATS = frozenset(
     )
 )
 
-DIRECTIONS = frozenset(_words("from to into onto than of by with over under before after against for versus vs"))
+DIRECTIONS = frozenset(_words("from to into onto than over under before after against"))
 
 FUNCTION_WORDS = frozenset(
     _words(

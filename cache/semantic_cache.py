@@ -7,6 +7,7 @@ misses, never errors. What may be compared, and what is near enough, is decided 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import logging
 import time
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 _NUM_NEIGHBOURS = 8
 _MAX_SEARCH_ON_LOOP = 4096
 """A larger partition is searched in a thread: above this a search takes more than 0.4 ms of the event loop."""
+_CATCH_UP_S = 0.2
+"""Pause before what was missed is asked for again: a store that has just failed is given time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,9 @@ class CacheSettings:
     max_bytes: int = 512 * 2**20
     flight_timeout_s: float = 30.0
     """Lease of a leader: how long identical questions wait for its answer before one of them takes over."""
-    upkeep_interval_s: float = 15.0
-    """How often expired entries are removed and times of use written to the store."""
+    upkeep_interval_s: float = 5.0
+    """How often expired entries are removed, times of use written to the store, and the bounds enforced on what other
+    replicas stored: until then two that evict the same entry at once may leave one too many."""
 
     def __post_init__(self) -> None:
         for name in ("ttl_s", "max_entries", "max_bytes", "flight_timeout_s", "upkeep_interval_s"):
@@ -102,7 +106,8 @@ class SemanticCache:
         self._touched: dict[str, float] = {}  # times of use the store has not seen
         self._doomed: dict[str, str] = {}  # key -> version, removed here, not yet in the store
         self._writing = asyncio.Lock()  # store and records change together, one change at a time
-        self._is_behind = False  # a change of another replica was missed
+        self._behind = asyncio.Event()  # a change of another replica was missed
+        self._is_embedder_failing = False  # told once, not with each question
         self._counts: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._background: list[asyncio.Task[None]] = []
@@ -229,11 +234,15 @@ class SemanticCache:
         if text is None:
             return None
         try:
-            return await self._batcher.embed(text)
+            embedded = await self._batcher.embed(text)
         except MillraceError as error:
             self._counts["embedder-failed"] += 1
-            logger.warning("cache: no embedding, so no semantic match: %s", error.message)
+            if not self._is_embedder_failing:
+                logger.warning("cache: no embeddings, so no semantic matches: %s", error.message)
+            self._is_embedder_failing = True
             return None
+        self._is_embedder_failing = False
+        return embedded
 
     async def _find_neighbour(self, query: CacheQuery, embedded: Embedded) -> CacheHit | None:
         assert query.text is not None, "only a text has neighbours"
@@ -416,10 +425,10 @@ class SemanticCache:
             try:
                 entries = await self._store.load(self._clock())
             except StoreUnavailable as error:
-                self._is_behind = True
+                self._behind.set()
                 logger.warning("cache: entries are not loaded yet: %s", error.message)
                 return
-            self._is_behind = False
+            self._behind.clear()
             kept = {entry.key: entry.version for entry in entries}
             self._drop([key for key, record in self._records.items() if kept.get(key) != record.entry.version])
             for entry in entries:
@@ -430,10 +439,14 @@ class SemanticCache:
 
     async def _follow(self) -> None:
         async for change in self._store.follow():
-            if change.kind == "resync":
-                await self._resync()
-            else:
-                await self._apply(change)
+            try:
+                if change.kind == "resync":
+                    await self._resync()
+                else:
+                    await self._apply(change)
+            except Exception:  # one change that cannot be applied must not end the following
+                logger.exception("cache: a change of the store could not be applied")
+                self._behind.set()
 
     async def _apply(self, change: Change) -> None:
         async with self._writing:
@@ -445,15 +458,19 @@ class SemanticCache:
                 try:
                     entry = await self._store.get(change.key)
                 except StoreUnavailable:
-                    self._is_behind = True
+                    self._behind.set()
                     return
-                if entry is not None and (record is None or record.entry.version != entry.version):
+                if entry is None:  # gone again already: what we hold under this key was overwritten
+                    self._drop([change.key])
+                elif record is None or record.entry.version != entry.version:
                     self._insert(entry)  # who stored it evicts for it; were we to do so too, twice as much would go
 
     async def _upkeep(self) -> None:
         while True:
-            interval_s = self._settings.upkeep_interval_s
-            await asyncio.sleep(min(1.0, interval_s) if self._is_behind else interval_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.upkeep_interval_s):
+                    await self._behind.wait()
+                    await asyncio.sleep(_CATCH_UP_S)
             try:
                 await self.tidy()
             except Exception:  # upkeep must go on whatever one round meets
@@ -466,7 +483,7 @@ class SemanticCache:
             self._evict()
             await self._delete_doomed()
             await self._write_touched()
-        if self._is_behind and self._store.is_up:
+        if self._behind.is_set() and self._store.is_up:
             await self._resync()
 
     async def _shielded(self, work: Coroutine[Any, Any, None]) -> None:
