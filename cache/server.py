@@ -59,6 +59,6 @@ class CacheServer:
     async def stats(self) -> Any:
         return self._cache.stats()
 
-    async def __del__(self) -> None:  # type: ignore[misc]
+    async def __del__(self) -> None:
         if hasattr(self, "_cache"):
             await self._cache.close()

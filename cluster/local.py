@@ -199,7 +199,7 @@ def prepare_environment() -> str | None:
         RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S="3600",
         HF_HUB_DISABLE_TELEMETRY="1",
         TOKENIZERS_PARALLELISM="false",
-        # Threads that spin at a barrier starve the gateway beside them: on two busy cores a step took nine times as long.
+        # Threads that spin at a barrier starve the gateway beside them: a step took nine times as long.
         OMP_WAIT_POLICY="PASSIVE",
     )
     for name in (

@@ -66,7 +66,7 @@ class ModelServer:
         if age_s > MAX_HEARTBEAT_AGE_S:
             raise RuntimeError(f"the engine has not finished a step for {age_s:.0f} s")
 
-    async def __del__(self) -> None:  # type: ignore[misc]
+    async def __del__(self) -> None:
         # Serve has already waited for running streams (graceful_shutdown_timeout_s) when it calls this.
         if hasattr(self, "_reporter"):
             self._reporter.cancel()

@@ -16,8 +16,8 @@ from typing import Protocol
 TYPICAL_DIFFICULTY = 0.25
 """The difficulty at which a model's quality is its prior."""
 
-STEEPNESS = 1.5
-"""How fast quality falls with difficulty: a prior of 0.5 becomes 0.65 for the easiest prompt, 0.23 for the hardest."""
+STEEPNESS = 3.0
+"""How fast quality falls with difficulty: a prior of 0.5 becomes 0.84 for the easiest prompt, 0.1 for the hardest."""
 
 MAX_CHARS_READ = 8192
 
@@ -46,7 +46,7 @@ class Features:
 
 
 class FirstEstimate:
-    """prior ** (0.625 + 1.5 × difficulty): increasing in the prior, decreasing in difficulty, never reordering models."""
+    """prior ** (0.25 + 3 × difficulty): increasing in the prior, decreasing in difficulty, never reordering models."""
 
     def estimate(self, prior: float, text: str, embedding: Sequence[float] | None) -> float:
         return quality_at(prior, difficulty(features_of(text)))

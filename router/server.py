@@ -79,7 +79,7 @@ class GatewayServer:
         )
         return create_app(self._gateway, config.settings)
 
-    async def __del__(self) -> None:  # type: ignore[misc]
+    async def __del__(self) -> None:
         # Serve has already waited for running streams (graceful_shutdown_timeout_s) when it calls this.
         if self._gateway is not None:
             await self._gateway.close()

@@ -126,7 +126,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
                 "engine": {"dtype": "float32", "num_gpu_blocks_override": 256, "block_size": 16},
             },
         ],
-        "routing": {"policy": "cheapest_capable", "quality_target": 0.3},
+        "routing": {"policy": "cheapest_capable", "quality_target": 0.8},
         "cache": {"path": str(folder / "cache.sqlite3")},
     }
     running = start_server(config, folder)
