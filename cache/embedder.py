@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -43,9 +44,11 @@ class EmbedderConfig:
     model: str = BUNDLED
     """`bundled:all-minilm-l6-v2`, a folder, or a hub id, in sentence-transformers format."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: whichever is faster here, by trial. bf16 takes 4.5 ms for a question where fp32 takes 7.7 on a CPU with
-    AVX-512 BF16, and far longer on one without. The two agree to a cosine above 0.999."""
-    num_threads: int = 2
+    """auto: whichever is faster here, by trial. With one thread bf16 takes 6.1 ms for a question where fp32 takes 10.0
+    on a CPU with AVX-512 BF16, and far longer on one without. The two agree to a cosine above 0.999."""
+    num_threads: int = 1
+    """Two threads take 4.5 instead of 6.1 ms on two idle cores, but 108 instead of 6.5 ms beside other work there:
+    each operation then waits for whichever thread has lost its core."""
     max_batch_size: int = 32
 
 
@@ -84,15 +87,18 @@ class Embedder:
         self._pooling = _pooling(folder)
         self.max_tokens = _max_tokens(folder, settings)
         self._tokenizer = _load_tokenizer(folder, self.max_tokens)
+        # Loading must not start a team of threads: beside a second team libgomp puts its workers to sleep after each
+        # operation, which made a question 3 ms slower.
+        torch.set_num_threads(1)
         dtypes = list(_DTYPES.values()) if config.dtype == "auto" else [_DTYPES[config.dtype]]
         self._forward = _fastest([_load_forward(folder, settings, dtype) for dtype in dtypes])
-        self._has_threads = False
+        self._thread: int | None = None
 
     def embed(self, texts: Sequence[str]) -> tuple[Vectors, list[int], list[bool]]:
         """Vectors (n, dim) float32; tokens read of each text; whether each was cut at the window."""
-        if not self._has_threads:  # OpenMP keeps the count per calling thread, so it is set by the one that embeds
+        if self._thread != threading.get_ident():  # OpenMP counts per calling thread: the one that embeds sets it
             torch.set_num_threads(self._config.num_threads)
-            self._has_threads = True
+            self._thread = threading.get_ident()
         encodings = self._tokenizer.encode_batch([_readable(text) for text in texts])
         ids = [encoding.ids for encoding in encodings]
         truncated = [bool(encoding.overflowing) for encoding in encodings]

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import logging
 import time
 import uuid
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cache.decision import Decision
 from cache.embedder import Embedded, MicroBatcher, TextEmbedder
+from cache.entries import Entries
 from cache.flights import Flights
 from cache.gate import objection
 from cache.index import VectorIndex
@@ -69,15 +69,6 @@ class CacheStats:
     below-threshold, and `gate-<reason>` for each neighbour that the gate turned down."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    entry: Entry
-    """Without its embedding, which the index holds."""
-    id: int | None
-    """In the index; None: only an exact match finds it."""
-    size_bytes: int
-
-
 class SemanticCache:
     def __init__(
         self,
@@ -98,14 +89,10 @@ class SemanticCache:
         self._clock = clock
         self._batcher = MicroBatcher(embedder)
         self._flights = Flights(settings.flight_timeout_s)
-        self._records: OrderedDict[str, _Record] = OrderedDict()  # least recently used first
-        self._key_of: dict[int, str] = {}
-        self._num_bytes = 0
-        self._next_id = 0
-        self._expiries: list[tuple[float, str, str]] = []  # heap of (expires_at, key, version); may be outdated
+        self._entries = Entries(index, embedder.name, settings.max_entries, settings.max_bytes)
         self._touched: dict[str, float] = {}  # times of use the store has not seen
         self._doomed: dict[str, str] = {}  # key -> version, removed here, not yet in the store
-        self._writing = asyncio.Lock()  # store and records change together, one change at a time
+        self._writing = asyncio.Lock()  # store and entries change together, one change at a time
         self._behind = asyncio.Event()  # a change of another replica was missed
         self._is_embedder_failing = False  # told once, not with each question
         self._counts: Counter[str] = Counter()
@@ -172,8 +159,8 @@ class SemanticCache:
 
     def stats(self) -> CacheStats:
         return CacheStats(
-            num_entries=len(self._records),
-            num_bytes=self._num_bytes,
+            num_entries=len(self._entries),
+            num_bytes=self._entries.num_bytes,
             num_partitions=self._index.num_partitions,
             num_flights=len(self._flights),
             num_waiters=self._flights.num_waiters,
@@ -182,26 +169,20 @@ class SemanticCache:
         )
 
     async def check_integrity(self) -> None:
-        """Records, index and byte count agree with one another, and with the store if that is ours alone."""
+        """Entries, index and byte count agree with one another, and with the store if that is ours alone."""
         async with self._writing:
-            indexed = {record.id for record in self._records.values() if record.id is not None}
-            assert indexed == self._index.ids() == set(self._key_of), "records and index disagree"
-            assert all(self._records[key].id == id for id, key in self._key_of.items()), "ids point to other records"
-            total = sum(record.size_bytes for record in self._records.values())
-            assert total == self._num_bytes, f"{total} bytes held, {self._num_bytes} accounted"
+            self._entries.check_integrity()
             if not self._store.is_shared:  # another's change may be on its way here
-                assert len(self._records) <= self._settings.max_entries, "more entries than allowed"
-                assert self._num_bytes <= self._settings.max_bytes, "more bytes than allowed"
+                self._entries.check_bounds()
                 await self._delete_doomed()
                 kept = {entry.key: entry.version for entry in await self._store.load(0.0)}
-                held = {key: record.entry.version for key, record in self._records.items()}
-                assert kept == held, "store and records disagree"
+                assert kept == self._entries.versions(), "store and entries disagree"
 
     # The steps of a lookup
 
     def _find_exact(self, query: CacheQuery) -> CacheHit | None:
-        record = self._records.get(query.exact_key)
-        return None if record is None else self._hit(record.entry, query, "hit-exact", 1.0)
+        entry = self._entries.get(query.exact_key)
+        return None if entry is None else self._hit(entry, query, "hit-exact", 1.0)
 
     async def _take_off(self, query: CacheQuery) -> str | CacheHit | None:
         """A token of leadership, the answer of whoever leads, or None: on one's own."""
@@ -258,8 +239,8 @@ class SemanticCache:
             if similarity < self._decision.min_similarity:
                 self._counts["below-threshold"] += 1
                 return None
-            record = self._records.get(self._key_of.get(id, ""))  # it may have gone while a thread searched
-            if record is not None and (hit := self._judge(record.entry, query, similarity)) is not None:
+            entry = self._entries.at(id)  # it may have gone while a thread searched
+            if entry is not None and (hit := self._judge(entry, query, similarity)) is not None:
                 return hit
         return None
 
@@ -280,8 +261,8 @@ class SemanticCache:
         hit = CacheHit(entry.answer, kind, similarity, age_s=max(0.0, now_s - entry.created_at))
         if now_s >= entry.expires_at or not _is_young(hit, query):
             return None
-        if entry.key in self._records:
-            self._records.move_to_end(entry.key)
+        if entry.key in self._entries:
+            self._entries.mark_used(entry.key)
             self._touched[entry.key] = now_s
         return hit
 
@@ -289,7 +270,7 @@ class SemanticCache:
         self._counts[hit.kind] += 1
         return hit
 
-    # Keeping entries: everything below changes records, index and store together, under `_writing`
+    # Keeping entries: everything below changes entries and store together, under `_writing`
 
     async def _keep_and_settle(self, query: CacheQuery, miss: CacheMiss, hit: CacheHit) -> None:
         try:
@@ -338,64 +319,18 @@ class SemanticCache:
         return await asyncio.to_thread(self._embedder.fits, text)
 
     def _insert(self, entry: Entry) -> None:
-        self._drop([entry.key])
         self._doomed.pop(entry.key, None)
-        id = None
-        embedding = entry.embedding
-        if embedding is not None and entry.embedder == self._embedder.name and embedding.shape == (self._index.dim,):
-            id = self._next_id
-            self._next_id += 1
-            self._index.add(id, entry.partition, embedding)
-            self._key_of[id] = entry.key
-        self._records[entry.key] = _Record(replace(entry, embedding=None), id, entry.size_bytes)
-        self._num_bytes += entry.size_bytes
-        heapq.heappush(self._expiries, (entry.expires_at, entry.key, entry.version))
-
-    def _drop(self, keys: Sequence[str]) -> None:
-        """Forget entries here; the store is told elsewhere."""
-        ids: list[int] = []
-        for key in keys:
-            record = self._records.pop(key, None)
-            self._touched.pop(key, None)
-            if record is None:
-                continue
-            self._num_bytes -= record.size_bytes
-            if record.id is not None:
-                del self._key_of[record.id]
-                ids.append(record.id)
-        if ids:
-            self._index.remove(ids)
+        self._entries.insert(entry)
 
     def _evict(self) -> None:
-        """Down to the bounds, the least recently used first; 1 % further, so that a full cache pays once per batch."""
-        settings = self._settings
-        if len(self._records) <= settings.max_entries and self._num_bytes <= settings.max_bytes:
-            return
-        max_entries = settings.max_entries - settings.max_entries // 100
-        max_bytes = settings.max_bytes - settings.max_bytes // 100
-        doomed: list[str] = []
-        num_bytes = self._num_bytes
-        for key, record in self._records.items():
-            if len(self._records) - len(doomed) <= max(1, max_entries) and num_bytes <= max_bytes:
-                break
-            doomed.append(key)
-            num_bytes -= record.size_bytes
-        self._doom(doomed)
-        self._counts["evicted"] += len(doomed)
+        evicted = self._entries.evict()
+        self._doomed.update(evicted)
+        self._counts["evicted"] += len(evicted)
 
     def _expire(self) -> None:
-        now_s = self._clock()
-        doomed: list[str] = []
-        while self._expiries and self._expiries[0][0] <= now_s:
-            _, key, version = heapq.heappop(self._expiries)
-            if key in self._records and self._records[key].entry.version == version:
-                doomed.append(key)
-        self._doom(doomed)
-        self._counts["expired"] += len(doomed)
-
-    def _doom(self, keys: Sequence[str]) -> None:
-        self._doomed.update({key: self._records[key].entry.version for key in keys})
-        self._drop(keys)
+        expired = self._entries.expire(self._clock())
+        self._doomed.update(expired)
+        self._counts["expired"] += len(expired)
 
     async def _delete_doomed(self) -> None:
         """Tell the store what left; what it does not take now it is told again later."""
@@ -430,9 +365,9 @@ class SemanticCache:
                 return
             self._behind.clear()
             kept = {entry.key: entry.version for entry in entries}
-            self._drop([key for key, record in self._records.items() if kept.get(key) != record.entry.version])
+            self._entries.drop([key for key, version in self._entries.versions().items() if kept.get(key) != version])
             for entry in entries:
-                if entry.key not in self._records and self._doomed.get(entry.key) != entry.version:
+                if entry.key not in self._entries and self._doomed.get(entry.key) != entry.version:
                     self._insert(entry)
             self._evict()
             await self._delete_doomed()
@@ -450,19 +385,18 @@ class SemanticCache:
 
     async def _apply(self, change: Change) -> None:
         async with self._writing:
-            record = self._records.get(change.key)
-            is_held = record is not None and record.entry.version == change.version
-            if change.kind == "delete" and is_held:
-                self._drop([change.key])
-            elif change.kind == "put" and not is_held and self._doomed.get(change.key) != change.version:
+            held = self._entries.version(change.key)
+            if change.kind == "delete" and held == change.version:
+                self._entries.drop([change.key])
+            elif change.kind == "put" and change.version not in (held, self._doomed.get(change.key)):
                 try:
                     entry = await self._store.get(change.key)
                 except StoreUnavailable:
                     self._behind.set()
                     return
                 if entry is None:  # gone again already: what we hold under this key was overwritten
-                    self._drop([change.key])
-                elif record is None or record.entry.version != entry.version:
+                    self._entries.drop([change.key])
+                elif entry.version != held:
                     self._insert(entry)  # who stored it evicts for it; were we to do so too, twice as much would go
 
     async def _upkeep(self) -> None:

@@ -299,7 +299,7 @@ async def test_randomised_crowd_keeps_its_books(tmp_path: Path, clock: Clock) ->
         clock.now_s += 1000
         await cache.tidy()
         assert (cache.stats().num_entries, cache.stats().num_bytes) == (0, 0)
-        assert (len(cache._expiries), len(cache._touched), len(cache._doomed)) == (0, 0, 0)
+        assert (len(cache._touched), len(cache._doomed)) == (0, 0)
 
 
 async def eventually(holds: Callable[[], bool | Awaitable[bool]], timeout_s: float = 10.0) -> None:
@@ -323,7 +323,11 @@ async def test_redis_replicas_see_one_anothers_entries(redis_server: RedisServer
             assert hit(await two.lookup(ask("today why is the big sky over us blue"))).kind == "hit-semantic"
             await fill(two, ask("one more than the second may hold"))  # evicts, everywhere
             await eventually(lambda: one.stats().num_entries == 2)
-            assert {entry.key for entry in await one._store.load(0.0)} == set(one._records) == set(two._records)
+            assert (
+                {entry.key for entry in await one._store.load(0.0)}
+                == set(one._entries.versions())
+                == set(two._entries.versions())
+            )
 
 
 async def test_redis_refreshed_entry_replaces_the_old_one_everywhere(redis_server: RedisServer) -> None:
@@ -388,9 +392,7 @@ async def test_randomised_replicas_converge(redis_server: RedisServer) -> None:
 
         async def have_converged() -> bool:
             kept = {entry.key: entry.version for entry in await one._store.load(time.time())}
-            return all(
-                kept == {key: record.entry.version for key, record in cache._records.items()} for cache in (one, two)
-            )
+            return all(kept == cache._entries.versions() for cache in (one, two))
 
         await eventually(lambda: 0 < one.stats().num_entries <= 20)
         await eventually(have_converged)
