@@ -101,7 +101,7 @@ def http_ask(session: aiohttp.ClientSession, url: str, model: str) -> Ask:
         started = time.perf_counter()
         first = last = 0.0
         counted = 0
-        async with session.post(f"{url}/v1/completions", json=body, headers={"cache-control": "no-store"}) as response:
+        async with session.post(f"{url}/v1/completions", json=body) as response:
             if response.status != 200:
                 raise RuntimeError(f"{response.status}: {(await response.text())[:300]}")
             async for line in response.content:

@@ -6,6 +6,8 @@ Loads no torch: what runs inside a replica is imported there.
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -143,7 +145,16 @@ def catalog_entry(model: ModelSection) -> ModelEntry:
         context_length=model.engine.max_model_len,
         aliases=model.aliases,
         fallbacks=model.fallbacks,
+        revision=revision(model),
     )
+
+
+def revision(model: ModelSection) -> str:
+    """Changes with whatever changes the model's answers: its source, its files' dates and sizes, its dtype."""
+    path = Path(model.source)
+    files = sorted(path.glob("*")) if path.is_dir() else [path] if path.is_file() else []
+    stamps = [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files]
+    return hashlib.sha256(repr((model.source, model.engine.dtype, stamps)).encode()).hexdigest()[:16]
 
 
 def routing_policy(config: MillraceConfig) -> RoutingPolicy:

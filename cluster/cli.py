@@ -243,7 +243,8 @@ def _progress() -> Iterator[Any]:
 def _print_welcome(cluster: LocalCluster, seconds: float) -> None:
     config = cluster.config
     model = config.models[0].id if len(config.models) == 1 else "auto"
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Why is the sky blue?"}]})
+    question = {"role": "user", "content": "Why is the sky blue?"}
+    body = json.dumps({"model": model, "messages": [question], "max_tokens": 100})
     key = ' -H "Authorization: Bearer $MILLRACE_API_KEY"' if config.auth.keys or config.auth.keys_file else ""
     phases = ", ".join(f"{name} {s:.1f} s" for name, s in cluster.phases_s.items())
     token = f"   token {cluster.ray_token}" if cluster.ray_token else ""

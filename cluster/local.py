@@ -165,7 +165,11 @@ class LocalCluster:
 
 
 def check_machine(config: MillraceConfig) -> None:
-    """Raises StartError for what can be known before anything is started: ports and memory."""
+    """Raises StartError for what can be known before anything is started: missing files, ports and memory."""
+    for model in config.models:
+        is_path = model.source.endswith(".gguf") or model.source.startswith(("/", "./", "../", "~"))
+        if is_path and not Path(model.source).expanduser().exists():
+            raise StartError(f"model {model.id}: {model.source} does not exist; name a folder, a .gguf file or a hub id")
     for name, host, port in (
         ("--port", config.server.host, config.server.port),
         ("--dashboard-port", "127.0.0.1", config.server.dashboard_port),
@@ -199,6 +203,8 @@ def prepare_environment() -> str | None:
         RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S="3600",
         HF_HUB_DISABLE_TELEMETRY="1",
         TOKENIZERS_PARALLELISM="false",
+        RAY_worker_niceness="0",  # Ray would run replicas behind every other program of the machine
+        RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE="1",  # a log line is there when its request is over, not 1,000 later
         # Threads that spin at a barrier starve the gateway beside them: a step took nine times as long.
         OMP_WAIT_POLICY="PASSIVE",
     )

@@ -42,6 +42,8 @@ class ModelEntry:
     aliases: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
     """Ids of models that answer in its place while it is unavailable, in order."""
+    revision: str = ""
+    """Another one for other weights under the same id: cached answers are never used across revisions."""
     owned_by: str = "millrace"
     created: int = 0
     """Seconds since the epoch, for `/v1/models`."""

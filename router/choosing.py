@@ -33,8 +33,12 @@ class ModelChooser:
         self._stats_of = stats_of
 
     def model_class(self, question: Question) -> str:
-        """What the cache keeps apart: `auto`, or the id of the model asked for. Raises `ModelNotFound`."""
-        return AUTO if question.model == AUTO else self._catalog.resolve(question.model).id
+        """What the cache keeps apart: the model asked for in its revision, or all of them for `auto`.
+
+        Raises `ModelNotFound`."""
+        if question.model == AUTO:
+            return " ".join([AUTO, *map(_revised, self._catalog.models)])
+        return _revised(self._catalog.resolve(question.model))
 
     def choose(self, question: Question, embedding: Sequence[float] | None) -> Route:
         """A model that is asked for by name gets the request, and only its own fallbacks after it; `auto` is the
@@ -65,3 +69,7 @@ class ModelChooser:
             is_available=any(reading.heartbeat_age_s < self._settings.stale_heartbeat_s for reading in stats),
             fits=context is None or least <= context,
         )
+
+
+def _revised(model: ModelEntry) -> str:
+    return f"{model.id}@{model.revision}"

@@ -59,6 +59,7 @@ class GatewayServer:
         models: Mapping[str, DeploymentHandle[Any]],
         cache: DeploymentHandle[Any] | None,
     ) -> None:
+        _log_like_serve()
         self._config = config
         self._backend = ReplicaBackend(models)
         self._cache = CacheClient(cache) if cache is not None else None
@@ -206,3 +207,11 @@ def _translate(error: Exception, model: str) -> MillraceError:
         return ReplicaUnavailable(f"A replica of {model} was lost.")
     logger.error(f"a replica of {model} failed: {error!r}")
     return EngineError(f"The request failed inside a replica of {model}.")
+
+
+def _log_like_serve() -> None:
+    """The gateway's lines go where Serve's go: the replica's own log file, as JSON."""
+    ours = logging.getLogger("millrace")
+    ours.handlers = logger.handlers
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
