@@ -169,7 +169,9 @@ def check_machine(config: MillraceConfig) -> None:
     for model in config.models:
         is_path = model.source.endswith(".gguf") or model.source.startswith(("/", "./", "../", "~"))
         if is_path and not Path(model.source).expanduser().exists():
-            raise StartError(f"model {model.id}: {model.source} does not exist; name a folder, a .gguf file or a hub id")
+            raise StartError(
+                f"model {model.id}: {model.source} does not exist; name a folder, a .gguf file or a hub id"
+            )
     for name, host, port in (
         ("--port", config.server.host, config.server.port),
         ("--dashboard-port", "127.0.0.1", config.server.dashboard_port),
@@ -205,8 +207,8 @@ def prepare_environment() -> str | None:
         TOKENIZERS_PARALLELISM="false",
         RAY_worker_niceness="0",  # Ray would run replicas behind every other program of the machine
         RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE="1",  # a log line is there when its request is over, not 1,000 later
-        # Threads that spin at a barrier starve the gateway beside them: a step took nine times as long.
-        OMP_WAIT_POLICY="PASSIVE",
+        # Threads that spin long at a barrier starve the gateway beside them; those that never spin wake late.
+        GOMP_SPINCOUNT="2000",
     )
     for name in (
         "RAY_SERVE_HAPROXY_STATS_PORT",

@@ -73,7 +73,7 @@ class Completions:
         requests = to_generate_requests(
             body, request_id=response_id, tenant=tenant, draw_seed=lambda: secrets.randbits(64)
         )
-        return Question(tuple(requests), tenant, request.headers.get("cache-control"))
+        return Question(tuple(requests), tenant, request.headers.get("cache-control"), has_drawn_seed=body.seed is None)
 
     async def _reply(
         self,

@@ -165,7 +165,7 @@ class Gateway:
         if self._cache is None or len(question.requests) > 1:
             return _Lookup("bypass")
         query = plan(
-            question.requests[0],
+            question.cache_request,
             tenant=question.tenant,
             model_class=model_class,
             control=CacheControl.parse(question.cache_control),

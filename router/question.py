@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from replicas.types import GenerateRequest, Prompt
 
@@ -18,6 +18,15 @@ class Question:
     tenant: str
     cache_control: str | None = None
     """The client's header."""
+    has_drawn_seed: bool = False
+    """The client gave no seed, so any draw answers it; the requests carry one that the gateway drew."""
+
+    @property
+    def cache_request(self) -> GenerateRequest:
+        """The first request as the cache knows it: without the seed that nobody asked for."""
+        first = self.requests[0]
+        # -1 is no seed a client could give (they are unsigned), so the two kinds never meet
+        return replace(first, sampling=replace(first.sampling, seed=-1)) if self.has_drawn_seed else first
 
     @property
     def model(self) -> str:

@@ -143,6 +143,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 ),
             ),
             Panel("Replicas that report", "short", (gauge("millrace:replicas", "{{model_name}}"),)),
+            Panel("KV blocks all accounted for", "bool", (gauge("millrace:blocks_intact", "{{model_name}}"),)),
             Panel(
                 "Preemptions per second",
                 "short",

@@ -43,7 +43,13 @@ COUNTERS = {
     "millrace:http_requests",
     "millrace:admission_rejections",
 }
-GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "millrace:replicas"}
+GAUGES = {
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "millrace:replicas",
+    "millrace:blocks_intact",
+}
 EXPORTED = (
     GAUGES
     | {f"{name}_total" for name in COUNTERS}
