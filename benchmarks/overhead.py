@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import aiohttp
 from load import Ask, Timing, closed_loop, http_ask, median_of, served
 
+from cluster.local import prepare_environment
 from replicas.engine.async_engine import AsyncEngine
 from replicas.engine.config import EngineConfig, ModelConfig
 from replicas.engine.sampling_params import SamplingParams
@@ -81,6 +83,13 @@ def compare(engine: dict[str, float], road: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def with_server_environment() -> None:
+    """Both sides get the thread settings of `millrace serve`; OpenMP reads them when a process starts."""
+    if "GOMP_SPINCOUNT" not in os.environ:
+        prepare_environment()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", default="1,8,32")
@@ -90,6 +99,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
     args = parser.parse_args()
+    with_server_environment()
     with served("--no-cache") as url:
         report = asyncio.run(measure(url, args))
     print(json.dumps({"benchmark": "overhead", **report}))

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -113,6 +114,10 @@ class LocalCluster:
             )
         except Exception as error:
             raise StartError(f"Ray did not start: {_last_line(error)}") from None
+        finally:
+            # Ray has put a handler of its own over ours, one that prints a stack and dies.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.getsignal(number))
 
     def _start_serve(self) -> None:
         from ray import serve

@@ -125,6 +125,13 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
                 "quality": 0.1,
                 "engine": {"dtype": "float32", "num_gpu_blocks_override": 256, "block_size": 16},
             },
+            {
+                "id": "tiny-bf16",
+                "source": str(tiny_model),
+                "num_replicas": 2,
+                "quality": 0.1,
+                "engine": {"dtype": "bfloat16", "num_gpu_blocks_override": 1024, "block_size": 16},
+            },
         ],
         "routing": {"policy": "cheapest_capable", "quality_target": 0.8},
         "cache": {"path": str(folder / "cache.sqlite3")},

@@ -31,7 +31,7 @@ def test_dashboard_shows_the_deployments_by_name(server: Server) -> None:
     (url, token) = re.search(r"dashboard\s+(\S+)\s+token (\S+)", server.welcome).groups()  # type: ignore[union-attr]
     answer = httpx.get(f"{url}/api/serve/applications/", headers={"Authorization": f"Bearer {token}"}, timeout=30)
     deployments = answer.json()["applications"]["millrace"]["deployments"]
-    assert set(deployments) == {"gateway", "semantic-cache", "model-smollm2-135m", "model-tiny"}
+    assert set(deployments) == {"gateway", "semantic-cache", "model-smollm2-135m", "model-tiny", "model-tiny-bf16"}
     assert httpx.get(f"{url}/api/serve/applications/", timeout=30).status_code == 401, "Ray is not open to the network"
 
 
