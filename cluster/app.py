@@ -7,7 +7,6 @@ Loads no torch: what runs inside a replica is imported there.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,6 +25,7 @@ from cluster.config import (
 )
 from cluster.placement import CACHE_CPUS, GATEWAY_CPUS, Resources, model_resources
 from replicas.engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from replicas.engine.models.source import find_on_this_machine
 from router.catalog import Catalog, ModelEntry, Price
 from router.policy import CheapestCapablePolicy, FixedPolicy, RoutingPolicy
 from router.server import GatewayServer, GatewayServerConfig
@@ -150,11 +150,14 @@ def catalog_entry(model: ModelSection) -> ModelEntry:
 
 
 def revision(model: ModelSection) -> str:
-    """Changes with whatever changes the model's answers: its source, its files' dates and sizes, its dtype."""
-    path = Path(model.source)
-    files = sorted(path.glob("*")) if path.is_dir() else [path] if path.is_file() else []
+    """Changes with whatever changes the model's answers: its source, its files' dates and sizes, its dtype.
+
+    A hub's folder is named by the commit. Files that this machine does not have add nothing."""
+    path = find_on_this_machine(model.source)
+    files = [] if path is None else sorted(path.glob("*")) if path.is_dir() else [path]
     stamps = [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files]
-    return hashlib.sha256(repr((model.source, model.engine.dtype, stamps)).encode()).hexdigest()[:16]
+    folder = "" if path is None else path.name
+    return hashlib.sha256(repr((model.source, model.engine.dtype, folder, stamps)).encode()).hexdigest()[:16]
 
 
 def routing_policy(config: MillraceConfig) -> RoutingPolicy:

@@ -17,11 +17,12 @@ class ChatError(Exception):
 
 
 def chat(console: Console, url: str, model: str, api_key: str | None, system: str | None) -> None:
-    """Read questions until the end of input, answer each as it streams in. Raises ChatError if nothing answers."""
+    """Read questions until the end of input, answer each as it streams in. Raises ChatError if nobody is there."""
     client = httpx.Client(base_url=url, timeout=httpx.Timeout(None, connect=5.0), headers=_headers(api_key))
+    _check(client, model)
     first: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     messages = list(first)
-    console.print(f"[dim]{url} · {model} · {HELP}[/dim]")
+    console.print(f"{url} · {model} · {HELP}", style="dim", markup=False, highlight=False)
     while (question := _ask(console)) is not None:
         if question == "/reset":
             messages = list(first)
@@ -32,6 +33,15 @@ def chat(console: Console, url: str, model: str, api_key: str | None, system: st
                 messages.append({"role": "assistant", "content": answer})
             else:
                 messages.pop()
+
+
+def _check(client: httpx.Client, model: str) -> None:
+    try:
+        response = client.get(f"/v1/models/{model}", timeout=10.0)
+    except httpx.HTTPError as error:
+        raise _nobody(client, error) from None
+    if response.status_code != 200:
+        raise ChatError(_error_message(response))
 
 
 def _ask(console: Console) -> str | None:
@@ -52,7 +62,7 @@ def _print_answer(console: Console, client: httpx.Client, model: str, messages: 
     except KeyboardInterrupt:
         console.print(" [dim](stopped)[/dim]", end="")
     except ChatError as error:
-        console.print(f"[red]{error}[/red]", end="")
+        console.print(str(error), style="red", end="", markup=False, highlight=False, soft_wrap=True)
     console.print()
     return answer
 
@@ -72,7 +82,11 @@ def _stream(client: httpx.Client, model: str, messages: list[dict[str, str]]) ->
                     for choice in event.get("choices", ()):
                         yield choice["delta"].get("content") or ""
     except httpx.HTTPError as error:
-        raise ChatError(f"no answer from {client.base_url}: {error}; is `millrace serve` running?") from None
+        raise _nobody(client, error) from None
+
+
+def _nobody(client: httpx.Client, error: httpx.HTTPError) -> ChatError:
+    return ChatError(f"no answer from {client.base_url}: {error}; is `millrace serve` running?")
 
 
 def _error_message(response: httpx.Response) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import signal
 import sys
@@ -66,7 +67,9 @@ def serve(
     tensor_parallel_size: Annotated[int | None, typer.Option("--tensor-parallel-size", "-tp", hidden=True)] = None,
     pipeline_parallel_size: Annotated[int | None, typer.Option("--pipeline-parallel-size", "-pp", hidden=True)] = None,
     redis_url: Annotated[str | None, _flag("Keep the semantic cache in this Redis.")] = None,
-    cache: Annotated[bool, typer.Option(help="Answer repeated questions from the semantic cache.")] = True,
+    cache: Annotated[
+        bool | None, typer.Option(help="Answer repeated questions from the semantic cache.", show_default="cache")
+    ] = None,
 ) -> None:
     """Serve a model, or all models of a configuration, on this machine behind one OpenAI endpoint.
 
@@ -89,14 +92,14 @@ def serve(
     }
     server = {"host": host, "port": port, "dashboard_port": dashboard_port, "insecure": insecure or None}
     model = {"id": served_model_name, "num_replicas": num_replicas}
+    cache_section = {"enabled": cache, "redis_url": redis_url}
     with _errors_as_sentences():
         if Path(target).suffix in (".yaml", ".yml"):
-            config = _with_server_flags(load_config(Path(target)), server)
-            _refuse_model_flags({**engine, **model, "redis_url": redis_url})
+            _refuse_flags({**model, **engine, **cache_section, "api_key": api_key})
+            config = load_config(Path(target), _given(server))
         else:
             keys = [{"tenant": f"key-{i}", "sha256": sha256_hex(key)} for i, key in enumerate(api_key or (), 1)]
             model = {"source": target, **model, "id": served_model_name or default_model_id(target)}
-            cache_section = {"enabled": cache, "redis_url": redis_url}
             config = _config_of_flags(server, model, engine, cache_section, keys)
         run(config)
 
@@ -161,9 +164,11 @@ def run(config: MillraceConfig) -> None:
 
 def default_model_id(source: str) -> str:
     """`bundled:NAME` and `org/NAME` are called NAME, a file or folder by its own name, in lower case."""
-    name = source.rstrip("/").rsplit("/", 1)[-1].removeprefix("bundled:")
-    name = name.removesuffix(".gguf")
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).lower()
+    name = source.removeprefix("bundled:")
+    if name == source:
+        name = Path(os.path.expanduser(source)).resolve().name
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name.removesuffix(".gguf"))
+    return name.lower().lstrip("._-")[:128] or "model"
 
 
 def sha256_hex(key: str) -> str:
@@ -186,20 +191,19 @@ def _config_of_flags(
     return check_config(data)
 
 
-def _with_server_flags(config: MillraceConfig, server: dict[str, Any]) -> MillraceConfig:
-    data = config.model_dump()
-    data["server"].update(_given(server))
-    return check_config(data)
-
-
-def _refuse_model_flags(flags: dict[str, Any]) -> None:
+def _refuse_flags(flags: dict[str, Any]) -> None:
     if given := sorted(_given(flags)):
-        names = ", ".join("--" + ("served-model-name" if g == "id" else g).replace("_", "-") for g in given)
-        raise StartError(f"with a configuration file, set these in the file: {names}")
+        raise StartError(f"with a configuration file, set these in the file: {', '.join(map(_flag_name, given))}")
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
+
+
+def _flag_name(key: str) -> str:
+    """Of the last part of a configuration key."""
+    names = {"id": "--served-model-name", "source": "MODEL", "enabled": "--cache/--no-cache"}
+    return names.get(key, "--" + key.replace("_", "-"))
 
 
 @contextlib.contextmanager
@@ -211,7 +215,7 @@ def _errors_as_sentences() -> Iterator[None]:
         raise typer.Exit(2) from None
     except ValidationError as error:
         for problem in problems(None, error):
-            flag = "--" + problem.key.rsplit(".", 1)[-1].replace("_", "-")
+            flag = _flag_name(problem.key.rsplit(".", 1)[-1])
             err.print(f"error: {flag}: {problem.message}", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except (StartError, ChatError) as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -197,16 +197,17 @@ class ConfigError(Exception):
         self.problems = tuple(problems)
 
 
-def load_config(path: Path) -> MillraceConfig:
-    """Read and check a file. Raises ConfigError with every mistake that was found."""
+def load_config(path: Path, server: Mapping[str, Any] | None = None) -> MillraceConfig:
+    """Read and check a file, in which `server` replaces keys of the section of that name. Raises ConfigError with every
+    mistake that was found."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [Problem(0, "", f"cannot be read: {error}")]) from None
-    return parse_config(text, str(path))
+    return parse_config(text, str(path), server)
 
 
-def parse_config(text: str, source: str = "configuration") -> MillraceConfig:
+def parse_config(text: str, source: str = "configuration", server: Mapping[str, Any] | None = None) -> MillraceConfig:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
@@ -219,6 +220,8 @@ def parse_config(text: str, source: str = "configuration") -> MillraceConfig:
         raise ConfigError(source, [Problem(1, "", "must be a mapping with at least `models:`")])
     data, missing = _expand_environment(data, dict(os.environ))
     found += [Problem(_line(tree, loc), _dotted(loc), message) for loc, message in missing]
+    if server and isinstance(data.setdefault("server", {}), dict):
+        data["server"].update(server)
     try:
         config = check_config(data)
     except ValidationError as error:
@@ -251,7 +254,7 @@ def read_keys(auth: AuthSection) -> dict[str, str]:
     """{SHA-256 of a key in hex: tenant} from the file and the section together. Raises ConfigError."""
     keys = list(auth.keys)
     if auth.keys_file:
-        path = Path(auth.keys_file).expanduser()
+        path = Path(os.path.expanduser(auth.keys_file))
         try:
             rows = yaml.safe_load(path.read_text(encoding="utf-8"))
             keys += [KeySection.model_validate(row) for row in rows or ()]
@@ -260,12 +263,17 @@ def read_keys(auth: AuthSection) -> dict[str, str]:
             raise ConfigError("configuration", [problem]) from None
         if not keys:
             raise ConfigError("configuration", [Problem(0, "auth.keys_file", f"{path} holds no key")])
-    return {k.sha256: k.tenant for k in keys}
+    tenants: dict[str, str] = {}
+    for key in keys:
+        if tenants.setdefault(key.sha256, key.tenant) != key.tenant:
+            message = f"one key for two tenants, {tenants[key.sha256]!r} and {key.tenant!r}; give each its own"
+            raise ConfigError("configuration", [Problem(0, "auth.keys", message)])
+    return tenants
 
 
 def default_cache_path(cache: CacheSection) -> Path:
     if cache.path is not None:
-        return Path(cache.path).expanduser()
+        return Path(os.path.expanduser(cache.path))
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "millrace" / "cache.sqlite3"
 

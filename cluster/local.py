@@ -6,6 +6,7 @@ Knows how to start and stop, not what runs (`app.py`) nor what is printed (`cli.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ from cluster.placement import (
     threads_per_replica,
     total_cpus,
 )
+from replicas.engine.models.source import find_on_this_machine
 
 GIB = 2**30
 OBJECT_STORE_BYTES = 256 * 2**20  # requests and chunks travel by value; the store holds next to nothing
@@ -173,16 +175,15 @@ def check_machine(config: MillraceConfig) -> None:
     """Raises StartError for what can be known before anything is started: missing files, ports and memory."""
     for model in config.models:
         is_path = model.source.endswith(".gguf") or model.source.startswith(("/", "./", "../", "~"))
-        if is_path and not Path(model.source).expanduser().exists():
+        if is_path and not os.path.exists(os.path.expanduser(model.source)):
             raise StartError(
                 f"model {model.id}: {model.source} does not exist; name a folder, a .gguf file or a hub id"
             )
-    for name, host, port in (
-        ("--port", config.server.host, config.server.port),
-        ("--dashboard-port", "127.0.0.1", config.server.dashboard_port),
-    ):
-        if not is_free(host, port):
-            raise StartError(f"port {port} on {host} is in use or not ours to take; choose another with {name}")
+    server = config.server
+    if server.port == server.dashboard_port:
+        raise StartError(f"--port and --dashboard-port are both {server.port}; choose two different ports")
+    check_port("--port", server.host, server.port)
+    check_port("--dashboard-port", "127.0.0.1", server.dashboard_port)
     needed, available = required_bytes(config), available_bytes()
     if needed > available:
         raise StartError(
@@ -253,11 +254,13 @@ def required_bytes(config: MillraceConfig) -> int:
 
 def weight_bytes(source: str) -> int:
     """Of the weights in memory; 0 where nothing is known yet (a hub id that is not downloaded)."""
-    path = Path(source)
+    path = find_on_this_machine(source)
+    if path is None:
+        return 0
     if path.is_dir():
         return sum(f.stat().st_size for f in path.glob("*.safetensors"))
     # A 4-bit file grows about fourfold when it is dequantized to 16 bits; larger types grow less.
-    return 4 * path.stat().st_size if path.suffix == ".gguf" and path.is_file() else 0
+    return 4 * path.stat().st_size
 
 
 def available_bytes() -> int:
@@ -273,15 +276,19 @@ def available_bytes() -> int:
     return available
 
 
-def is_free(host: str, port: int) -> bool:
+def check_port(flag: str, host: str, port: int) -> None:
+    """Raises StartError where nobody could listen there now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((host, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise StartError(f"port {port} on {host} is in use; choose another with {flag}") from None
+            if error.errno == errno.EACCES:
+                raise StartError(f"port {port} may be taken by root only; choose one above 1023 with {flag}") from None
+            raise StartError(f"cannot listen on {host}: {error.strerror}; name an address of this machine") from None
 
 
 def free_port() -> int:

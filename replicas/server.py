@@ -11,7 +11,9 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
+from ray import serve
 from ray.util import metrics
 
 from replicas.engine.async_engine import AsyncEngine
@@ -33,6 +35,7 @@ class ModelServer:
         await self._engine.start()
         stats = self._engine.stats()
         logger.info(f"{model_id}: {stats.num_blocks} KV blocks, kernels {stats.kernels}, start {dict(stats.phases_s)}")
+        self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = ReplicaMetrics(model_id)
         self._reporter = asyncio.create_task(self._report_forever())
 
@@ -59,7 +62,7 @@ class ModelServer:
         return await self._engine.detokenize(token_ids)
 
     async def stats(self) -> ReplicaStats:
-        return self._engine.stats()
+        return replace(self._engine.stats(), replica=self._replica)
 
     async def check_health(self) -> None:
         age_s = self._engine.stats().heartbeat_age_s

@@ -129,6 +129,8 @@ class ReplicaStats:
     kernels: str
     phases_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds each phase of the start took."""
+    replica: str = ""
+    """Tells the copies of one model apart; a replacement has another one."""
 
 
 class MillraceError(Exception):

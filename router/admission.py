@@ -34,12 +34,19 @@ class Permit:
 class Admission:
     """First come, first served. `num_running` ≤ `max_concurrent` and `num_waiting` ≤ `max_queued`, always."""
 
-    def __init__(self, max_concurrent: int, max_queued: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        max_concurrent: int,
+        max_queued: int,
+        clock: Callable[[], float],
+        on_refusal: Callable[[], None] = lambda: None,
+    ) -> None:
         assert max_concurrent > 0, "a gateway that runs nothing"
         assert max_queued >= 0, "a queue of negative length"
         self._max_concurrent = max_concurrent
         self._max_queued = max_queued
         self._clock = clock
+        self._on_refusal = on_refusal
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._mean_hold_s = 1.0
         self.num_running = 0
@@ -70,6 +77,7 @@ class Admission:
         """Raises `Overloaded` where `acquire` would: to refuse before a body is read."""
         if self.num_running >= self._max_concurrent and len(self._waiting) >= self._max_queued:
             queue_s = self._mean_hold_s * (len(self._waiting) + 1) / self._max_concurrent
+            self._on_refusal()
             retry_after_s = min(MAX_RETRY_AFTER_S, max(1.0, queue_s))
             raise Overloaded("The gateway's queue is full. Retry after the time the header says.", retry_after_s)
 

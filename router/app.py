@@ -28,7 +28,7 @@ from router.openapi import Responses, answer_response, describe, json_body, resp
 from router.settings import GatewaySettings
 from router.status import Status
 from router.text_tools import TextTools
-from router.transport import JsonReply
+from router.transport import JsonBodies, JsonReply
 from router.wire import (
     Body,
     ChatCompletionRequest,
@@ -49,8 +49,10 @@ def create_app(gateway: Gateway, settings: GatewaySettings) -> FastAPI:
     app = FastAPIOffline(
         title="Millrace", version="1", redoc_url=None, static_url="/docs-assets", redirect_slashes=False
     )
-    admission = Admission(settings.max_concurrent, settings.max_queued, time.monotonic)
-    _add_text_routes(app, Completions(gateway, settings, admission), TextTools(gateway, settings, admission))
+    on_refusal = gateway.metrics.admission_rejections.inc
+    admission = Admission(settings.max_concurrent, settings.max_queued, time.monotonic, on_refusal)
+    bodies = JsonBodies(settings.max_body_bytes)
+    _add_text_routes(app, Completions(gateway, admission, bodies), TextTools(gateway, admission, bodies))
     _add_status_routes(app, Status(gateway, settings.embedder))
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_middleware(FrontDoor, authenticator=Authenticator(settings.api_keys), metrics=gateway.metrics)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import Response
 
-from replicas.types import MillraceError, Overloaded, TextPrompt, TokenPrompt
+from replicas.types import MillraceError, TextPrompt, TokenPrompt
 from router.admission import Admission, Permit
 from router.answer import Answer
 from router.errors import reply_for
@@ -22,17 +22,16 @@ from router.gateway import Gateway
 from router.logs import line, log
 from router.openai import ChoiceText, chat_body, completion_body, to_generate_requests, usage_body
 from router.question import Question
-from router.settings import GatewaySettings
 from router.sse import DONE, ChatEvents, CompletionEvents, EventWriter, error_event
-from router.transport import EventStreamReply, JsonReply, read_json_body, unless_gone
+from router.transport import EventStreamReply, JsonBodies, JsonReply, unless_gone
 from router.wire import ChatCompletionRequest, CompletionRequest, parse
 
 
 class Completions:
-    def __init__(self, gateway: Gateway, settings: GatewaySettings, admission: Admission) -> None:
+    def __init__(self, gateway: Gateway, admission: Admission, bodies: JsonBodies) -> None:
         self._gateway = gateway
-        self._settings = settings
         self._admission = admission
+        self._bodies = bodies
 
     async def chat(self, request: Request) -> Response:
         return await self._serve(request, ChatCompletionRequest, "chatcmpl")
@@ -43,9 +42,9 @@ class Completions:
     async def _serve(
         self, request: Request, schema: type[ChatCompletionRequest] | type[CompletionRequest], prefix: str
     ) -> Response:
-        self._check_room()
+        self._admission.check()
         body: ChatCompletionRequest | CompletionRequest
-        body = parse(schema, await read_json_body(request, self._settings.max_body_bytes))
+        body = parse(schema, await self._bodies.read(request))
         response_id = f"{prefix}-{uuid.uuid4().hex}"
         question = self._question(request, body, response_id)
         hold = _Hold()
@@ -57,14 +56,6 @@ class Completions:
         finally:
             if not is_streaming:
                 await hold.release()
-
-    def _check_room(self) -> None:
-        """Before the body is read, so that a flood is refused for the price of its headers."""
-        try:
-            self._admission.check()
-        except Overloaded:
-            self._gateway.metrics.admission_rejections.inc()
-            raise
 
     def _question(
         self, request: Request, body: ChatCompletionRequest | CompletionRequest, response_id: str
@@ -83,7 +74,6 @@ class Completions:
         response_id: str,
         hold: _Hold,
     ) -> Response:
-        self._check_room()
         hold.permit = await self._admission.acquire()
         hold.answer = answer = await self._gateway.generate(question)
         request.state.log = _log_fields(answer, response_id)

@@ -34,9 +34,9 @@ async def resumed_stream(
     """The chunks of `request`, each token once, up to the one with a finish reason.
 
     An attempt that ends early, with `ReplicaUnavailable`, with `abort` or without a finish reason, is followed by one
-    that starts from the tokens forwarded so far. Raises `ReplicaUnavailable` after
-    `settings.max_attempts_without_progress` fruitless ones in a row, or after `ATTEMPTS_BEFORE_FALLBACK` while another
-    model may still take over (`may_fall_back`). The request's own errors pass straight through.
+    that starts from the tokens forwarded so far. Raises `ReplicaUnavailable` after as many fruitless ones in a row as
+    `settings` allows, or after `ATTEMPTS_BEFORE_FALLBACK` while another model may still take over (`may_fall_back`).
+    The request's own errors pass straight through.
     """
     seam = _Seam(request.emitted)
     num_fruitless = 0
@@ -56,13 +56,18 @@ async def resumed_stream(
         finally:
             await close(stream)
         num_fruitless += 1
-        max_fruitless = ATTEMPTS_BEFORE_FALLBACK if may_fall_back() else settings.max_attempts_without_progress
-        if num_fruitless >= max_fruitless:
+        if num_fruitless >= _max_fruitless(settings, may_fall_back(), seam.num_tokens):
             raise ReplicaUnavailable(f"No replica of {request.model!r} is available now: {lost.message}") from lost
         log.info(line("resumed", response_id=request.request_id, model=request.model, num_tokens=seam.num_tokens))
         on_resume()
         # an attempt that got somewhere is followed at once; later ones give Serve time to notice the death
         await sleep(min(settings.max_wait_s, settings.first_wait_s * 2.0 ** (num_fruitless - 1)))
+
+
+def _max_fruitless(settings: FailoverSettings, may_fall_back: bool, num_tokens: int) -> int:
+    if may_fall_back:
+        return ATTEMPTS_BEFORE_FALLBACK
+    return settings.max_attempts_amid_answer if num_tokens else settings.max_attempts_before_first_token
 
 
 async def close(stream: AsyncIterator[object]) -> None:

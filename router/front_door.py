@@ -24,6 +24,7 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 """What a load balancer asks without a key."""
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+"""What is fit for logs and headers; another id is replaced by one of ours."""
 
 
 class FrontDoor:
@@ -37,8 +38,10 @@ class FrontDoor:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        request_id = _request_id(headers.get("x-request-id", ""))
-        visit = _Visit(request_id, send)
+        presented = headers.get("x-request-id", "")
+        is_fit = REQUEST_ID.fullmatch(presented) is not None
+        request_id = presented if is_fit else f"req-{uuid.uuid4().hex}"
+        visit = _Visit(request_id, send, names_itself=not is_fit)
         state = scope.setdefault("state", {})
         state["request_id"], state["tenant"] = request_id, None
         try:
@@ -82,10 +85,13 @@ class FrontDoor:
 
 
 class _Visit:
-    """One request's reply as it goes out: sets the request id header and notes the status."""
+    """One request's reply as it goes out: notes the status, and sends the request's id where it was made here.
 
-    def __init__(self, request_id: str, send: Send) -> None:
+    An id that came with the request is the client's, or the server's around us, which sends it back itself."""
+
+    def __init__(self, request_id: str, send: Send, *, names_itself: bool) -> None:
         self.request_id = request_id
+        self._names_itself = names_itself
         self.status: int | None = None
         self.since_s = time.monotonic()
         self._send = send
@@ -93,10 +99,6 @@ class _Visit:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message["headers"], (b"x-request-id", self.request_id.encode())]
+            if self._names_itself:
+                message["headers"] = [*message["headers"], (b"x-request-id", self.request_id.encode())]
         await self._send(message)
-
-
-def _request_id(presented: str) -> str:
-    """The client's own, where it is fit for logs and headers, else a fresh one."""
-    return presented if REQUEST_ID.fullmatch(presented) else f"req-{uuid.uuid4().hex}"

@@ -128,14 +128,13 @@ class AnswerClock:
 class _ReplicaCollector(Collector):
     """Reads the replicas' latest stats at scrape time, summed over the replicas of a model.
 
-    A replica that leaves takes its counts along; what it had counted is kept, so that the sums never fall.
+    The last count of every replica ever seen is kept, so that the sums never fall when one leaves or misses a reading.
     """
 
     def __init__(self, models: Sequence[str], stats_of: StatsOf) -> None:
         self._models = models
         self._stats_of = stats_of
-        self._last: dict[tuple[str, str], int] = {}
-        self._kept: dict[tuple[str, str], int] = {}
+        self._counts: dict[tuple[str, str], dict[str, int]] = {}
 
     def collect(self) -> Iterable[Metric]:
         running = GaugeMetricFamily("vllm:num_requests_running", "Requests in the running batches.", labels=MODEL)
@@ -155,13 +154,11 @@ class _ReplicaCollector(Collector):
             kv_usage.add_metric([model], used / num_blocks if num_blocks else 0.0)
             replicas.add_metric([model], len(stats))
             intact.add_metric([model], float(all(s.is_intact for s in stats)))
-            preempted.add_metric([model], self._never_falling(model, "preempted", [s.num_preemptions for s in stats]))
-            queries.add_metric([model], self._never_falling(model, "queries", [s.prefix_queries for s in stats]))
-            hits.add_metric([model], self._never_falling(model, "hits", [s.prefix_hits for s in stats]))
+            for family, field in ((preempted, "num_preemptions"), (queries, "prefix_queries"), (hits, "prefix_hits")):
+                family.add_metric([model], self._total(model, field, stats))
         return (running, waiting, kv_usage, replicas, intact, preempted, queries, hits)
 
-    def _never_falling(self, model: str, name: str, counts: Sequence[int]) -> int:
-        key, now = (model, name), sum(counts)
-        self._kept[key] = self._kept.get(key, 0) + max(0, self._last.get(key, 0) - now)
-        self._last[key] = now
-        return self._kept[key] + now
+    def _total(self, model: str, field: str, stats: Sequence[ReplicaStats]) -> int:
+        counts = self._counts.setdefault((model, field), {})
+        counts.update({reading.replica: getattr(reading, field) for reading in stats})
+        return sum(counts.values())

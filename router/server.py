@@ -7,14 +7,16 @@ nothing: resumption is `failover.py`'s, fallback is `gateway.py`'s.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from fastapi import FastAPI
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from cache.types import CachedAnswer, CacheMiss, CacheQuery, LookupResult
@@ -40,7 +42,14 @@ from router.settings import GatewaySettings
 logger = logging.getLogger("ray.serve")
 
 STATS_PERIOD_S = 1.0
+MAX_READING_AGE_S = 60.0
 CALL_TIMEOUT_S = 30.0
+LOOKUP_TIMEOUT_S = 120.0
+"""A lookup may wait for an identical request in flight."""
+UPDATE_TIMEOUT_S = 2.0
+
+T = TypeVar("T")
+Reading = TypeVar("Reading")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,8 @@ class GatewayServer:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve's hook: called on the replica's own loop, after __init__ and before the first request.
         await self._backend.start()
+        if self._cache is not None:
+            await self._cache.start()
         config = self._config
         self._gateway = Gateway(
             backend=self._backend,
@@ -84,129 +95,212 @@ class GatewayServer:
         # Serve has already waited for running streams (graceful_shutdown_timeout_s) when it calls this.
         if self._gateway is not None:
             await self._gateway.close()
+        if self._cache is not None:
+            await self._cache.close()
         await self._backend.close()
 
 
-class ReplicaBackend:
-    """`gateway.Backend` over Serve handles, one per model. Configured handles are kept: `.options()` is costly."""
+class Deployment(Generic[Reading]):
+    """One Serve deployment as seen from here: its handle, and what its replicas last said of themselves.
 
-    def __init__(self, handles: Mapping[str, DeploymentHandle[Any]]) -> None:
-        self._handles = dict(handles)
-        self._streams = {m: h.options(method_name="generate", stream=True) for m, h in handles.items()}
-        self._stats: dict[str, tuple[ReplicaStats, ...]] = dict.fromkeys(handles, ())
-        self._poller: asyncio.Task[None] | None = None
+    Serve lets a call to a deployment without replicas wait for as long as there are none; `result` and `first_of` end
+    that wait, because who asks may have somewhere else to go.
+    """
 
-    async def start(self) -> None:
-        await asyncio.gather(*[self._poll(m) for m in self._handles])
-        self._poller = asyncio.create_task(self._poll_forever())
+    def __init__(self, name: str, handle: DeploymentHandle[Any]) -> None:
+        self.name = name
+        self.handle = handle
+        # Configured once: `.options()` is costly.
+        self.generate = handle.options(method_name="generate", stream=True)
+        self._readings: tuple[Reading, ...] = ()
+        self._read_at_s = 0.0
+        self._is_doubtful = asyncio.Event()
 
-    async def close(self) -> None:
-        if self._poller is not None:
-            self._poller.cancel()
+    def readings(self) -> tuple[Reading, ...]:
+        """Of each running replica; empty: none runs, or none has answered for `MAX_READING_AGE_S`."""
+        return self._readings if self.reading_age_s() < MAX_READING_AGE_S else ()
 
-    async def stream_once(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        response = self._stream_handle(request.model).remote(request)
+    def reading_age_s(self) -> float:
+        return time.monotonic() - self._read_at_s
+
+    async def read_forever(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_doubtful.wait(), STATS_PERIOD_S)
+            self._is_doubtful.clear()
+            await self.read()
+
+    async def read(self) -> None:
         try:
-            async for chunk in response:
-                yield chunk
+            answers = await self.handle.broadcast("stats").results_async(timeout_s=5.0, return_exceptions=True)
+        except TimeoutError:  # somebody was too slow: the others' last word stands until it is too old
+            return
+        except DeploymentUnavailableError:  # Serve's word for: there are no replicas
+            answers = []
+        except Exception as error:  # the controller is away; the replicas may well be there
+            logger.debug(f"stats of {self.name}: {error!r}")
+            return
+        self._readings = tuple(a for a in answers if not isinstance(a, BaseException))
+        self._read_at_s = time.monotonic()
+
+    async def result(self, response: Awaitable[T], timeout_s: float) -> T:
+        """Of one call. Raises the tree of `replicas.types`, `ReplicaUnavailable` where nobody is left to answer it."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._while_it_runs(response)
         except Exception as error:
-            raise _translate(error, request.model) from None
+            raise self._translated(error) from None
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """The chunks of `generate`, cancelled when the iterator is closed. Raises as `result` does."""
+        if not self._readings:
+            raise ReplicaUnavailable(f"No replica of {self.name} is running.")
+        response = self.generate.remote(request)
+        try:
+            chunks = aiter(response)
+            yield await self._while_it_runs(anext(chunks))
+            async for chunk in chunks:
+                yield chunk
+        except StopAsyncIteration:
+            return
+        except Exception as error:
+            raise self._translated(error) from None
         finally:
             response.cancel()
 
+    async def _while_it_runs(self, awaitable: Awaitable[T]) -> T:
+        task = asyncio.ensure_future(awaitable)
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=STATS_PERIOD_S)
+                if not task.done() and not self._readings:
+                    raise ReplicaUnavailable(f"No replica of {self.name} is running.")
+            return task.result()
+        finally:
+            task.cancel()
+
+    def _translated(self, error: Exception) -> MillraceError:
+        """Ray's failure of one call as the error that the gateway acts upon.
+
+        What the replica's own code raised passes (`RayTaskError`); whatever else went wrong on the way there or back,
+        under Ray's many names for it, means that this replica cannot be reached."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, MillraceError):
+            return cause
+        if isinstance(cause, BackPressureError):
+            return Overloaded(f"All replicas of {self.name} are busy; try again shortly.")
+        if isinstance(error, RayTaskError) and not isinstance(cause, RayError):
+            logger.error(f"a replica of {self.name} failed: {error!r}")
+            return EngineError(f"The request failed inside a replica of {self.name}.")
+        logger.warning(f"a replica of {self.name} was lost: {type(error).__name__}: {str(error)[:300]}")
+        self._is_doubtful.set()
+        return ReplicaUnavailable(f"A replica of {self.name} was lost.")
+
+
+class ReplicaBackend:
+    """`gateway.Backend` over one deployment per model."""
+
+    def __init__(self, handles: Mapping[str, DeploymentHandle[Any]]) -> None:
+        self._models: dict[str, Deployment[ReplicaStats]] = {m: Deployment(m, h) for m, h in handles.items()}
+        self._readers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        await asyncio.gather(*[model.read() for model in self._models.values()])
+        self._readers = [asyncio.create_task(model.read_forever()) for model in self._models.values()]
+
+    async def close(self) -> None:
+        for reader in self._readers:
+            reader.cancel()
+
+    def stream_once(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        return self._model(request.model).stream(request)
+
     def stats(self, model: str) -> Sequence[ReplicaStats]:
-        return self._stats.get(model, ())
+        deployment = self._models.get(model)
+        if deployment is None:
+            return ()
+        age_s = deployment.reading_age_s()
+        return [replace(r, heartbeat_age_s=r.heartbeat_age_s + age_s) for r in deployment.readings()]
 
     async def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], int]:
-        result: tuple[list[int], int] = await self._call(model, "tokenize", prompt, add_special_tokens)
+        deployment = self._model(model)
+        call = deployment.handle.tokenize.remote(prompt, add_special_tokens)
+        result: tuple[list[int], int] = await deployment.result(call, CALL_TIMEOUT_S)
         return result
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
-        result: str = await self._call(model, "detokenize", tuple(token_ids))
-        return result
+        deployment = self._model(model)
+        text: str = await deployment.result(deployment.handle.detokenize.remote(tuple(token_ids)), CALL_TIMEOUT_S)
+        return text
 
-    async def _call(self, model: str, method: str, *args: Any) -> Any:
-        handle = self._handle(model)
-        try:
-            return await asyncio.wait_for(getattr(handle, method).remote(*args), CALL_TIMEOUT_S)
-        except Exception as error:
-            raise _translate(error, model) from None
-
-    def _handle(self, model: str) -> DeploymentHandle[Any]:
-        if model not in self._handles:
+    def _model(self, model: str) -> Deployment[ReplicaStats]:
+        if model not in self._models:
             raise ModelNotFound(f"The model `{model}` does not exist.")
-        return self._handles[model]
-
-    def _stream_handle(self, model: str) -> DeploymentHandle[Any]:
-        self._handle(model)
-        return self._streams[model]
-
-    async def _poll_forever(self) -> None:
-        while True:
-            await asyncio.sleep(STATS_PERIOD_S)
-            await asyncio.gather(*[self._poll(m) for m in self._handles])
-
-    async def _poll(self, model: str) -> None:
-        try:
-            response = self._handles[model].broadcast("stats")
-            readings = await response.results_async(timeout_s=5.0, return_exceptions=True)
-            self._stats[model] = tuple(r for r in readings if isinstance(r, ReplicaStats))
-        except Exception as error:  # no replica yet, or the controller is away: nothing runs as far as we know
-            logger.debug(f"stats of {model}: {error!r}")
-            self._stats[model] = ()
+        return self._models[model]
 
 
 class CacheClient:
     """`gateway.Cache` over a Serve handle. Every failure is a miss: a lost cache costs GPU time, never an answer."""
 
-    def __init__(self, handle: DeploymentHandle[Any], timeout_s: float = 2.0, flight_timeout_s: float = 120.0) -> None:
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._deployment: Deployment[Any] = Deployment("the semantic cache", handle)
         self._handle = handle
-        self._timeout_s = timeout_s
-        self._flight_timeout_s = flight_timeout_s
+        self._reader: asyncio.Task[None] | None = None
+        self._unclaimed: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        await self._deployment.read()
+        self._reader = asyncio.create_task(self._deployment.read_forever())
+
+    async def close(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+        await asyncio.gather(*self._unclaimed)
 
     async def lookup(self, query: CacheQuery) -> LookupResult:
+        if not self._deployment.readings():
+            return CacheMiss()
+        call = asyncio.ensure_future(self._deployment.result(self._handle.lookup.remote(query), LOOKUP_TIMEOUT_S))
         try:
-            # A lookup may wait for an identical request in flight, so it is given more time than a store.
-            result: LookupResult = await asyncio.wait_for(self._handle.lookup.remote(query), self._flight_timeout_s)
+            result: LookupResult = await asyncio.shield(call)
             return result
-        except (RayError, RayServeException, TimeoutError) as error:
-            logger.warning(f"cache lookup failed, treated as a miss: {type(error).__name__}")
+        except asyncio.CancelledError:
+            self._give_back(call)
+            raise
+        except MillraceError as error:
+            logger.warning(f"cache lookup failed, treated as a miss: {error.message}")
             return CacheMiss()
 
     async def store(self, query: CacheQuery, miss: CacheMiss, answer: CachedAnswer) -> None:
-        await self._forget_failures(self._handle.store.remote(query, miss, answer))
+        await self._tell(self._handle.store.remote(query, miss, answer))
 
     async def abandon(self, miss: CacheMiss) -> None:
         if miss.flight is not None:
-            await self._forget_failures(self._handle.abandon.remote(miss))
+            await self._tell(self._handle.abandon.remote(miss))
 
     async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
+        call = self._handle.embed.remote(tuple(texts))
+        result: tuple[list[tuple[float, ...]], int] = await self._deployment.result(call, CALL_TIMEOUT_S)
+        return result
+
+    async def _tell(self, response: Awaitable[None]) -> None:
         try:
-            result: tuple[list[tuple[float, ...]], int] = await asyncio.wait_for(
-                self._handle.embed.remote(tuple(texts)), CALL_TIMEOUT_S
-            )
-            return result
-        except Exception as error:
-            raise _translate(error, "the embedder") from None
+            await self._deployment.result(response, UPDATE_TIMEOUT_S)
+        except MillraceError as error:
+            logger.warning(f"cache update failed: {error.message}")
 
-    async def _forget_failures(self, response: Any) -> None:
-        try:
-            await asyncio.wait_for(response, self._timeout_s)
-        except (RayError, RayServeException, TimeoutError) as error:
-            logger.warning(f"cache update failed: {type(error).__name__}")
+    def _give_back(self, call: asyncio.Future[LookupResult]) -> None:
+        """The asker has left, but the lookup may still bring it the lead of a flight that others wait for."""
 
+        async def abandon_its_flight() -> None:
+            with contextlib.suppress(MillraceError):
+                result = await call
+                if isinstance(result, CacheMiss):
+                    await self.abandon(result)
 
-def _translate(error: Exception, model: str) -> MillraceError:
-    """Ray's failure of one call as the error that the gateway acts upon."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, MillraceError):
-        return cause
-    if isinstance(cause, BackPressureError):
-        return Overloaded(f"All replicas of {model} are busy; try again shortly.")
-    if isinstance(cause, RayActorError | DeploymentUnavailableError | TimeoutError | RayServeException):
-        return ReplicaUnavailable(f"A replica of {model} was lost.")
-    logger.error(f"a replica of {model} failed: {error!r}")
-    return EngineError(f"The request failed inside a replica of {model}.")
+        task = asyncio.create_task(abandon_its_flight())
+        self._unclaimed.add(task)
+        task.add_done_callback(self._unclaimed.discard)
 
 
 def _log_like_serve() -> None:

@@ -26,11 +26,13 @@ class ApiKey:
 class FailoverSettings:
     """How stubbornly a stream is resumed when its replica is lost.
 
-    The waits double from `first_wait_s` to `max_wait_s`: with the defaults a replica set that recovers within about
-    six seconds is never noticed by the client. An attempt that brought at least one token starts the count afresh.
+    The waits double from `first_wait_s` to `max_wait_s`. With the defaults an answer that has not begun is given up
+    after about five seconds without a replica, one that has begun after about forty: longer than a lone replica takes
+    to be replaced. An attempt that brought at least one token starts the count afresh.
     """
 
-    max_attempts_without_progress: int = 8
+    max_attempts_before_first_token: int = 8
+    max_attempts_amid_answer: int = 25
     first_wait_s: float = 0.05
     max_wait_s: float = 2.0
 

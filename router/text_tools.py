@@ -8,12 +8,11 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from replicas.types import InvalidRequest, Overloaded, Prompt, TextPrompt
+from replicas.types import InvalidRequest, Prompt, TextPrompt
 from router.admission import Admission
 from router.gateway import Gateway
 from router.openai import chat_prompt, embedding_body
-from router.settings import GatewaySettings
-from router.transport import JsonReply, read_json_body, unless_gone
+from router.transport import JsonBodies, JsonReply, unless_gone
 from router.wire import Body, DetokenizeRequest, EmbeddingRequest, TokenizeRequest, parse
 
 T = TypeVar("T")
@@ -21,10 +20,10 @@ B = TypeVar("B", bound=Body)
 
 
 class TextTools:
-    def __init__(self, gateway: Gateway, settings: GatewaySettings, admission: Admission) -> None:
+    def __init__(self, gateway: Gateway, admission: Admission, bodies: JsonBodies) -> None:
         self._gateway = gateway
-        self._settings = settings
         self._admission = admission
+        self._bodies = bodies
 
     async def embed(self, request: Request) -> Response:
         body = await self._parsed(request, EmbeddingRequest)
@@ -55,18 +54,19 @@ class TextTools:
         return JsonReply({"prompt": text})
 
     async def _parsed(self, request: Request, schema: type[B]) -> B:
-        return parse(schema, await read_json_body(request, self._settings.max_body_bytes))
+        self._admission.check()
+        return parse(schema, await self._bodies.read(request))
 
     async def _admitted(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
-        """`work`, while holding one of the gateway's places."""
+        """`work`, while holding one of the gateway's places, for as long as the client waits for it."""
         try:
-            permit = await self._admission.acquire()
-        except BaseException as error:
-            work.close()
-            if isinstance(error, Overloaded):
-                self._gateway.metrics.admission_rejections.inc()
-            raise
+            return await unless_gone(request, self._in_turn(work))
+        finally:
+            work.close()  # where it never got its turn
+
+    async def _in_turn(self, work: Coroutine[Any, Any, T]) -> T:
+        permit = await self._admission.acquire()
         try:
-            return await unless_gone(request, work)
+            return await work
         finally:
             permit.release()

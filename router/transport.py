@@ -14,33 +14,47 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from replicas.types import Overloaded
 from router.errors import BodyTooLarge, ClientGone, UnsupportedMediaType
 
 T = TypeVar("T")
 
 
-async def read_json_body(request: Request, max_bytes: int) -> bytes:
-    """The raw body, never more than `max_bytes` of it in memory.
+class JsonBodies:
+    """Reads request bodies, each of `max_bytes` at most, and all that are being read `max_bytes_in_flight` together."""
 
-    Raises `BodyTooLarge`, `ClientGone`, and `UnsupportedMediaType` for another content type than JSON: a web page can
-    make a browser post anything else to a loopback address without asking.
-    """
-    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise UnsupportedMediaType("The request's content-type should be application/json.")
-    too_large = BodyTooLarge(f"The request body is larger than the {max_bytes} bytes taken here.")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > max_bytes:
-                raise too_large
-    except ClientDisconnect:
-        raise ClientGone("The client left before its request was complete.") from None
-    return bytes(body)
+    def __init__(self, max_bytes: int, max_bytes_in_flight: int = 256 * 2**20) -> None:
+        self._max_bytes = max_bytes
+        self._max_bytes_in_flight = max(max_bytes, max_bytes_in_flight)
+        self._bytes_in_flight = 0
+
+    async def read(self, request: Request) -> bytes:
+        """The raw body. Raises `BodyTooLarge`, `Overloaded`, `ClientGone`, and `UnsupportedMediaType` for another
+        content type than JSON: a web page can make a browser post anything else to a loopback address without asking.
+        """
+        content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if content_type != "application/json":
+            raise UnsupportedMediaType("The request's content-type should be application/json.")
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal():
+            self._check_size(int(declared))
+        body = bytearray()
+        try:
+            async for part in request.stream():
+                body += part
+                self._bytes_in_flight += len(part)
+                self._check_size(len(body))
+                if self._bytes_in_flight > self._max_bytes_in_flight:
+                    raise Overloaded("Too many large request bodies are being sent at once; try again shortly.")
+        except ClientDisconnect:
+            raise ClientGone("The client left before its request was complete.") from None
+        finally:
+            self._bytes_in_flight -= len(body)
+        return bytes(body)
+
+    def _check_size(self, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes:
+            raise BodyTooLarge(f"The request body is larger than the {self._max_bytes} bytes taken here.")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

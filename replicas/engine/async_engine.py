@@ -54,8 +54,6 @@ class AsyncEngine:
         self._ids = itertools.count()
         self._thread = StepThread(engine, self._deliver, self._fail_streams)
         self._refusal: ReplicaUnavailable | None = ReplicaUnavailable("the replica has not started yet")
-        self._is_quiet = asyncio.Event()
-        self._is_quiet.set()
 
     @classmethod
     def from_config(cls, config: EngineConfig, model_name: str) -> AsyncEngine:
@@ -129,15 +127,6 @@ class AsyncEngine:
             phases_s=dict(executor.phases_s),
         )
 
-    async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests with ReplicaUnavailable and wait for the running ones, at most `timeout_s`."""
-        if self._refusal is None:
-            self._refusal = ReplicaUnavailable("the replica is draining")
-        try:
-            await asyncio.wait_for(self._is_quiet.wait(), timeout_s)
-        except TimeoutError:
-            logger.warning("%d requests still ran when the drain ended after %.0f s", len(self._streams), timeout_s)
-
     async def shutdown(self) -> None:
         """Stop after the step in flight. Streams still open end with ReplicaUnavailable."""
         self._refusal = ReplicaUnavailable("the replica is shut down")
@@ -195,13 +184,10 @@ class AsyncEngine:
     def _open(self, request_id: str) -> Mailbox:
         stream: Mailbox = asyncio.Queue()
         self._streams[request_id] = stream
-        self._is_quiet.clear()
         return stream
 
     def _close(self, request_id: str) -> None:
         del self._streams[request_id]
-        if not self._streams:
-            self._is_quiet.set()
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         for request_id, output in deliveries:

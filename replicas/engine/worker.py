@@ -19,7 +19,8 @@ from replicas.engine.host import available_memory_bytes, usable_cores
 from replicas.engine.kernels import select_kernels
 from replicas.engine.kv_cache import KVShape, allocate, choose_num_blocks, cpu_budget_bytes
 from replicas.engine.model_runner import ModelRunner
-from replicas.engine.models.loader import ModelInfo, load_weights, open_checkpoint, resolve_source
+from replicas.engine.models.loader import ModelInfo, load_weights, open_checkpoint
+from replicas.engine.models.source import resolve_source
 from replicas.engine.models.transformer import Transformer
 from replicas.engine.quant.base import LinearMethod
 from replicas.engine.quant.unquantized import UnquantizedLinear

@@ -353,12 +353,11 @@ async def test_lost_redis_means_misses_and_heals(redis_server: RedisServer) -> N
         await fill(one, ask("before the loss"))
         await eventually(lambda: two.stats().num_entries == 1)
         redis_server.kill()
-        start_s = time.monotonic()
-        results = await asyncio.gather(*(one.lookup(ask(f"during the loss {i}")) for i in range(100)))
-        for i, result in enumerate(results):
-            assert isinstance(result, CacheMiss)
-            await one.store(ask(f"during the loss {i}"), result, answer())
-        assert time.monotonic() - start_s < 3.0
+        async with asyncio.timeout(30):  # were each to wait for its own time-out, it would take longer
+            results = await asyncio.gather(*(one.lookup(ask(f"during the loss {i}")) for i in range(200)))
+            for i, result in enumerate(results):
+                assert isinstance(result, CacheMiss)
+                await one.store(ask(f"during the loss {i}"), result, answer())
         assert not one.stats().is_store_up
         redis_server.start()  # empty: what it held is gone
         await eventually(lambda: one.stats().is_store_up and two.stats().is_store_up)

@@ -79,3 +79,9 @@ def test_a_broken_keys_file_is_refused_without_showing_it(tmp_path: Path, conten
     config = parse_config(MODEL + f"auth: {{keys_file: {file}}}\n")
     with pytest.raises(ConfigError, match=r"auth\.keys_file"):
         read_keys(config.auth)
+
+
+def test_one_key_of_two_tenants_is_refused() -> None:
+    keys = "auth: {keys: [{tenant: a, sha256: " + "a" * 64 + "}, {tenant: b, sha256: " + "a" * 64 + "}]}\n"
+    with pytest.raises(ConfigError, match="two tenants"):
+        read_keys(parse_config(MODEL + keys).auth)

@@ -31,7 +31,9 @@ MODELS = (
     ModelEntry("large", Price(10.0, 40.0), quality=0.9, created=2),
 )
 EMBEDDER = "minilm"
-QUICK = FailoverSettings(max_attempts_without_progress=4, first_wait_s=0.0, max_wait_s=0.0)
+QUICK = FailoverSettings(
+    max_attempts_before_first_token=4, max_attempts_amid_answer=6, first_wait_s=0.0, max_wait_s=0.0
+)
 
 
 @dataclass

@@ -14,7 +14,9 @@ from replicas.types import ChatPrompt, Chunk, EngineError, GenerateRequest, Repl
 from router.failover import ATTEMPTS_BEFORE_FALLBACK, resumed_stream
 from router.settings import FailoverSettings
 
-SETTINGS = FailoverSettings(max_attempts_without_progress=4, first_wait_s=1.0, max_wait_s=3.0)
+SETTINGS = FailoverSettings(
+    max_attempts_before_first_token=4, max_attempts_amid_answer=6, first_wait_s=1.0, max_wait_s=3.0
+)
 
 
 def a_request(text: str = "hello", seed: int = 0, logprobs: int | None = None) -> GenerateRequest:
@@ -34,6 +36,19 @@ async def run(backend: FakeBackend, request: GenerateRequest) -> tuple[list[Chun
     return chunks, waits, len(resumptions)
 
 
+async def waits_until_given_up(deaths: list[int | None]) -> list[float]:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    backend = FakeBackend(deaths=deaths)
+    with pytest.raises(ReplicaUnavailable, match="No replica of 'small'"):
+        _ = [chunk async for chunk in resumed_stream(backend, a_request("four", 3), SETTINGS, sleep=sleep)]
+    assert len(backend.attempts) == len(waits) + 1
+    return waits
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     text=st.text(max_size=20),
@@ -46,7 +61,7 @@ def test_no_token_is_lost_and_none_comes_twice(text: str, seed: int, deaths: lis
     fruitless = [0]
     for death in deaths:
         fruitless.append(fruitless[-1] + 1 if death == 0 else 0)
-    if max(fruitless) >= SETTINGS.max_attempts_without_progress - 1:
+    if max(fruitless) >= SETTINGS.max_attempts_before_first_token - 1:
         return
     backend = FakeBackend(deaths=list(deaths))
     chunks, _, num_resumptions = asyncio.run(run(backend, request))
@@ -78,16 +93,12 @@ async def test_a_death_between_the_last_token_and_the_finish_reason() -> None:
 
 
 async def test_fruitless_attempts_are_bounded_and_wait_longer_each_time() -> None:
-    backend = FakeBackend(deaths=[2, 0, 0, 0, 0, 0])
-    waits: list[float] = []
+    assert await waits_until_given_up([0] * 9) == [1.0, 2.0, 3.0]
 
-    async def sleep(seconds: float) -> None:
-        waits.append(seconds)
 
-    with pytest.raises(ReplicaUnavailable, match="No replica of 'small'"):
-        _ = [chunk async for chunk in resumed_stream(backend, a_request("four", 3), SETTINGS, sleep=sleep)]
-    assert len(backend.attempts) == 1 + 3  # the first brought two tokens and counts as one fruitless attempt at its end
-    assert waits == [1.0, 2.0, 3.0]
+async def test_an_answer_that_has_begun_is_not_given_up_so_soon() -> None:
+    # the first attempt brought two tokens and counts as one fruitless attempt at its end
+    assert await waits_until_given_up([2] + [0] * 9) == [1.0, 2.0, 3.0, 3.0, 3.0]
 
 
 async def test_the_last_allowed_attempt_may_still_succeed() -> None:
@@ -98,7 +109,7 @@ async def test_the_last_allowed_attempt_may_still_succeed() -> None:
 
 async def test_with_another_model_at_hand_it_gives_up_sooner() -> None:
     backend = FakeBackend(down={"small"})
-    quick = FailoverSettings(8, 0.0, 0.0)
+    quick = FailoverSettings(first_wait_s=0.0, max_wait_s=0.0)
     with pytest.raises(ReplicaUnavailable):
         _ = [chunk async for chunk in resumed_stream(backend, a_request(), quick, may_fall_back=lambda: True)]
     assert len(backend.attempts) == ATTEMPTS_BEFORE_FALLBACK

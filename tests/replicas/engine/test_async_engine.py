@@ -343,20 +343,6 @@ async def test_the_same_id_twice_is_two_requests() -> None:
     assert ids_of(first) == ids_of(second)
 
 
-async def test_drain_refuses_new_requests_and_waits_for_the_running_ones(caplog: pytest.LogCaptureFixture) -> None:
-    async with running(FakeExecutor(step_s=0.002, drawable=b"abc")) as engine:
-        task = asyncio.create_task(collect(engine, make(max_tokens=60)))
-        await until(lambda: engine.stats().num_running > 0)
-        await engine.drain(0.001)
-        assert "1 requests still ran" in caplog.text
-        with pytest.raises(ReplicaUnavailable, match="draining"):
-            await collect(engine, make())
-        assert not task.done()
-        await engine.drain(5.0)
-        await asyncio.sleep(0)
-        assert len(ids_of(await task)) == 60
-
-
 async def test_shutdown_ends_open_streams() -> None:
     executor = FakeExecutor(step_s=0.002, drawable=b"abc")
     _, engine = make_engine(executor)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from replicas.engine.models import gguf as gguf_module
 from replicas.engine.models.gguf import GgufFile
 from replicas.engine.models.gguf_model import GgufModel
-from replicas.engine.models.loader import resolve_source
+from replicas.engine.models.source import resolve_source
 
 torch.set_num_threads(1)
 Type = gguf.GGMLQuantizationType

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers import logging as transformers_logging
 
 from replicas.engine.models.gguf_model import GgufModel
-from replicas.engine.models.loader import resolve_source
+from replicas.engine.models.source import resolve_source
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
