@@ -35,10 +35,18 @@ class Server:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def replicas(self, model: str) -> list[psutil.Process]:
-        """Processes of the model's replicas; Serve names each after its deployment."""
-        pattern = re.compile(rf"ServeReplica:millrace:model-{re.escape(model)}\b")
-        return [p for p in self.descendants() if p.is_running() and pattern.search(" ".join(p.cmdline()))]
+    def replicas(self, deployment: str, number: int, timeout_s: float = 60) -> list[psutil.Process]:
+        """The processes of a deployment's replicas, once there are so many of them."""
+        # Serve names each after its deployment; Ray rewrites the name while calls come and go.
+        pattern = re.compile(rf"ServeReplica:millrace:{re.escape(deployment)}(?![\w-])")
+        found: list[psutil.Process] = []
+
+        def are_there() -> bool:
+            found[:] = [p for p in self.descendants() if p.is_running() and pattern.search(" ".join(p.cmdline()))]
+            return len(found) == number
+
+        wait_until(are_there, timeout_s)
+        return found
 
 
 def start_server(config: dict[str, object], folder: Path, environment: dict[str, str] | None = None) -> Server:
