@@ -10,8 +10,6 @@ help:          ## this list
 	@grep -hE '^[a-z]+: .*##|^[a-z]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 serve: $(STAMP)  ## serve the bundled model on http://127.0.0.1:8000
-	@$(BIN)/python -c 'import ray, torch, transformers, faiss, cluster.cli' 2> /dev/null || \
-	  { echo "error: the installation in $(VENV) is broken; run \`make clean\`, then \`make serve\` again" >&2; exit 1; }
 	@exec $(BIN)/millrace serve $(ARGS)
 
 install: $(STAMP)  ## make .venv with pinned dependencies and the two bundled models

@@ -81,11 +81,17 @@ async def one(client: httpx.AsyncClient, rng: random.Random, model: str, outcome
         async with asyncio.timeout(patience_s), client.stream("POST", "/v1/completions", json=body) as response:
             outcomes[str(response.status_code)] += 1
             text = (await response.aread()).decode()
-        if response.status_code >= 500 or (response.status_code == 200 and '"error":' in text):
+        if response.status_code >= 500 or (response.status_code == 200 and has_error(text)):
             outcomes["broken"] += 1
             print(f"{response.status_code}: {text[-300:]} for {json.dumps(body)[:300]}", file=sys.stderr)
     except TimeoutError:
         outcomes["abandoned"] += 1
+
+
+def has_error(text: str) -> bool:
+    """Of a reply with status 200: a whole answer, or the events of a stream."""
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")] or [text]
+    return any("error" in json.loads(event) for event in events)
 
 
 async def wait_for_idle(client: httpx.AsyncClient, timeout_s: float = 60) -> tuple[bool, bool]:

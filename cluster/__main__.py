@@ -1,5 +1,15 @@
-"""`python -m cluster` is `millrace`."""
+"""The program `millrace`, also as `python -m cluster`: says in one sentence where the installation is broken."""
 
-from cluster.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    try:
+        from cluster.cli import main as run
+    except ImportError as error:
+        sys.exit(f"error: the installation is broken ({error}); run `make clean` and install again")
+    run()
+
+
+if __name__ == "__main__":
+    main()
