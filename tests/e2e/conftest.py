@@ -116,6 +116,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
+    long_tiny_model = save_tiny_model(tmp_path_factory.mktemp("long"), max_position_embeddings=2048)
     config: dict[str, object] = {
         "models": [
             {
@@ -135,10 +136,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
             },
             {
                 "id": "tiny-bf16",
-                "source": str(tiny_model),
+                "source": str(long_tiny_model),
                 "num_replicas": 2,
                 "quality": 0.1,
-                "engine": {"dtype": "bfloat16", "num_gpu_blocks_override": 1024, "block_size": 16},
+                "engine": {"dtype": "bfloat16", "num_gpu_blocks_override": 2048, "block_size": 16},
             },
         ],
         "routing": {"policy": "cheapest_capable", "quality_target": 0.8},
