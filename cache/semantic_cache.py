@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _NUM_NEIGHBOURS = 8
 _MAX_SEARCH_ON_LOOP = 4096
 """A larger partition is searched in a thread: above this a search takes more than 0.4 ms of the event loop."""
+_INSERTS_AT_ONCE = 256
 _CATCH_UP_S = 0.2
 """Pause before what was missed is asked for again: a store that has just failed is given time."""
 
@@ -302,8 +303,12 @@ class SemanticCache:
             try:
                 await self._store.put(entry)
             except StoreUnavailable as error:
-                # Not kept here either: entries stay a subset of the store, and a lost store means misses.
+                # Not kept here either: entries stay a subset of the store, and a lost store means misses. What this
+                # answer was to replace goes too: somebody found it too old.
                 self._counts["store-failed"] += 1
+                if (version := self._entries.version(entry.key)) is not None:
+                    self._entries.drop([entry.key])
+                    self._doomed[entry.key] = version
                 if self._store.is_up:  # of one that is down the store itself has told
                     logger.warning("cache: an answer is not stored: %s", error.message)
                 return
@@ -366,9 +371,11 @@ class SemanticCache:
             self._behind.clear()
             kept = {entry.key: entry.version for entry in entries}
             self._entries.drop([key for key, version in self._entries.versions().items() if kept.get(key) != version])
-            for entry in entries:
+            for i, entry in enumerate(entries):
                 if entry.key not in self._entries and self._doomed.get(entry.key) != entry.version:
                     self._insert(entry)
+                if i % _INSERTS_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # lookups go on meanwhile
             self._evict()
             await self._delete_doomed()
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from cache.types import CachedAnswer
 from replicas.types import MillraceError
@@ -30,6 +30,11 @@ from replicas.types import MillraceError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_MAX_CONNECTIONS = 16
+_SCAN_PAGE = 1_000
+_LOAD_BATCH = 32
+_LOAD_TIMEOUT_S = 5.0
+"""For one page or batch of a whole load, which nobody waits for."""
 ENTRY_OVERHEAD_BYTES = 1024
 """Keys, dates, dictionaries and index ids of one entry, roughly."""
 
@@ -266,7 +271,7 @@ class RedisStore:
         try:
             # Any: the library's own types differ from release to release; replies are bytes.
             self._redis: Any = _connect(url, timeout_s)
-            self._follower: Any = _connect(url, timeout_s + 2 * self._BLOCK_MS / 1000)
+            self._follower: Any = _connect(url, timeout_s)
         except ValueError as error:
             raise StoreError(f"cache.redis_url: {error}") from error
 
@@ -283,10 +288,19 @@ class RedisStore:
 
     async def load(self, now_s: float) -> list[Entry]:
         self._refuse_if_down()
-        keys = await self._attempt(self._redis.zrange(self._used, 0, -1, withscores=True))
+        keys: list[tuple[bytes, float]] = []
+        cursor = 0
+        while True:  # in pages, each soon answered, however many entries there are
+            scan = self._redis.zscan(self._used, cursor, count=_SCAN_PAGE)
+            cursor, page = await self._attempt(scan, _LOAD_TIMEOUT_S)
+            keys += page
+            if cursor == 0:
+                break
+        # A scan may bring a key twice while the set grows.
+        ordered = sorted(dict(keys).items(), key=lambda pair: pair[1])
         entries: list[Entry] = []
-        for start in range(0, len(keys), self._BATCH):
-            entries += await self._load_batch(keys[start : start + self._BATCH], now_s)
+        for start in range(0, len(ordered), _LOAD_BATCH):
+            entries += await self._load_batch(ordered[start : start + _LOAD_BATCH], now_s)
         return entries
 
     async def get(self, key: str) -> Entry | None:
@@ -345,9 +359,15 @@ class RedisStore:
     async def _mark(self) -> None:
         """Begin to follow here, at an entry of our own: should it vanish from the log, changes were missed."""
         async with asyncio.timeout(self._timeout_s):
-            self._position = await self._follower.xadd(
-                self._log, {"kind": "mark"}, maxlen=self._LOG_LENGTH, approximate=True
-            )
+            try:
+                self._position = await self._follower.xadd(
+                    self._log, {"kind": "mark"}, maxlen=self._LOG_LENGTH, approximate=True
+                )
+            except ResponseError:  # full or read-only: what is there can still be read
+                newest = await self._follower.xrevrange(self._log, count=1)
+                if not newest:
+                    raise
+                self._position = newest[0][0]
         self._set_up(True)
 
     async def _read_log(self, position: bytes) -> list[Change]:
@@ -366,7 +386,7 @@ class RedisStore:
         async with self._redis.pipeline(transaction=False) as pipe:
             for key, _ in keys:
                 pipe.hgetall(self._entry(key.decode()))
-            found = await self._attempt(pipe.execute())
+            found = await self._attempt(pipe.execute(), _LOAD_TIMEOUT_S)
         entries: list[Entry] = []
         gone: list[bytes] = []
         for (key, used), fields in zip(keys, found, strict=True):
@@ -385,10 +405,12 @@ class RedisStore:
     def _entry(self, key: str) -> str:
         return f"{self._prefix}entry:{key}"
 
-    async def _attempt(self, operation: Awaitable[T]) -> T:
+    async def _attempt(self, operation: Awaitable[T], timeout_s: float | None = None) -> T:
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(timeout_s or self._timeout_s):
                 return await operation
+        except ResponseError as error:  # it answers, and refuses: full, read-only
+            raise StoreUnavailable(f"Redis refuses: {error}") from error
         except (RedisError, OSError, TimeoutError) as error:
             self._set_up(False, error)
             raise StoreUnavailable(f"Redis does not answer: {error or 'timeout'}") from error
@@ -407,14 +429,19 @@ class RedisStore:
 
 
 def _connect(url: str, timeout_s: float) -> Any:
-    return aioredis.Redis.from_url(
+    pool = aioredis.BlockingConnectionPool.from_url(
         url,
-        socket_timeout=timeout_s,
+        max_connections=_MAX_CONNECTIONS,
+        timeout=None,  # to wait for a free connection: our own limit on the whole operation ends that, too
+        # No `socket_timeout`: the client would send through `asyncio.wait_for`, which before Python 3.12 may swallow
+        # a cancellation, and then a follower that was told to end goes on for good.
+        socket_timeout=None,
         socket_connect_timeout=timeout_s,
         retry=Retry(NoBackoff(), 0),
         protocol=2,
         health_check_interval=0,
     )
+    return aioredis.Redis.from_pool(pool)
 
 
 def _encode(entry: Entry) -> tuple[str, bytes | None]:
@@ -445,7 +472,7 @@ def _decode(key: str, version: str, record: str | bytes, vector: bytes | None, l
 def _from_hash(key: str, fields: Mapping[bytes, bytes], last_used: float) -> Entry | None:
     if not fields:
         return None
-    version = fields.get(b"version", b"").decode()
+    version = fields.get(b"version", b"").decode(errors="replace")
     return _decode(key, version, fields.get(b"record", b""), fields.get(b"vector"), last_used)
 
 

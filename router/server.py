@@ -126,7 +126,8 @@ class Deployment(Generic[Reading]):
     async def read_forever(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._is_doubtful.wait(), STATS_PERIOD_S)
+                async with asyncio.timeout(STATS_PERIOD_S):
+                    await self._is_doubtful.wait()
             self._is_doubtful.clear()
             await self.read()
 

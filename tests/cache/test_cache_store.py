@@ -203,6 +203,52 @@ async def test_redis_that_hangs_costs_one_timeout(redis_server: RedisServer) -> 
         assert time.monotonic() - start_s < 1.0
 
 
+async def test_redis_takes_any_number_of_calls_at_once(redis_server: RedisServer) -> None:
+    async with opened(RedisStore(redis_server.url, timeout_s=10.0)) as store:
+        await asyncio.gather(*(store.put(entry(str(i))) for i in range(400)))
+        assert None not in await asyncio.gather(*(store.get(str(i)) for i in range(400)))
+        assert store.is_up
+
+
+async def test_a_full_redis_refuses_and_is_not_lost(redis_server: RedisServer) -> None:
+    async with opened(RedisStore(redis_server.url)) as store:
+        await store.put(entry("a"))
+        await store._redis.config_set("maxmemory", "1")  # type: ignore[attr-defined]
+        with pytest.raises(StoreUnavailable, match="refuses"):
+            await store.put(entry("b"))
+        assert store.is_up
+        assert await store.get("a") is not None
+        async with opened(RedisStore(redis_server.url)) as late:
+            assert late.is_up, "one that starts now reads what there is"
+            assert len(await late.load(time.time())) == 1
+
+
+async def test_many_entries_are_loaded_in_order_of_use(redis_server: RedisServer) -> None:
+    async with opened(RedisStore(redis_server.url, timeout_s=10.0)) as store:
+        await asyncio.gather(*(store.put(entry(str(i), used=float((i * 7919) % 3001))) for i in range(3001)))
+        used = [kept.last_used for kept in await store.load(time.time())]
+        assert used == sorted(used)
+        assert len(used) == 3001
+
+
+async def test_a_follower_ends_whenever_it_is_told_to(redis_server: RedisServer) -> None:
+    """`asyncio.wait_for`, on Python 3.11, swallows a cancellation that comes in the tick in which its work is done."""
+    async with opened(RedisStore(redis_server.url)) as store:
+
+        async def drain() -> None:
+            async for _ in store.follow():
+                pass
+
+        for ticks in range(60):
+            following = asyncio.create_task(drain())
+            await store.put(entry("a", version=str(ticks)))
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            following.cancel()
+            done, _ = await asyncio.wait({following}, timeout=10.0)
+            assert done, f"a cancellation after {ticks} ticks was lost"
+
+
 async def test_redis_may_be_down_at_the_start(redis_server: RedisServer) -> None:
     redis_server.kill()
     async with opened(RedisStore(redis_server.url)) as store:

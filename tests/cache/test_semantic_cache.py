@@ -313,9 +313,9 @@ async def eventually(holds: Callable[[], bool | Awaitable[bool]], timeout_s: flo
 
 
 async def test_redis_replicas_see_one_anothers_entries(redis_server: RedisServer) -> None:
-    async with running(RedisStore(redis_server.url), time.time) as one:
+    async with running(RedisStore(redis_server.url, timeout_s=2.0), time.time) as one:
         await fill(one, ask("stored before the other began to follow"))
-        async with running(RedisStore(redis_server.url), time.time, max_entries=2) as two:
+        async with running(RedisStore(redis_server.url, timeout_s=2.0), time.time, max_entries=2) as two:
             assert two.stats().num_entries == 1
             await fill(one, ask("why is the big sky over us blue today"))
             assert hit(await two.lookup(ask("why is the big sky over us blue today"))).kind == "hit-exact"
@@ -332,8 +332,8 @@ async def test_redis_replicas_see_one_anothers_entries(redis_server: RedisServer
 
 async def test_redis_refreshed_entry_replaces_the_old_one_everywhere(redis_server: RedisServer) -> None:
     async with (
-        running(RedisStore(redis_server.url), time.time) as one,
-        running(RedisStore(redis_server.url), time.time) as two,
+        running(RedisStore(redis_server.url, timeout_s=2.0), time.time) as one,
+        running(RedisStore(redis_server.url, timeout_s=2.0), time.time) as two,
     ):
         await fill(one, ask("a question"), with_answer=answer("old"))
         await eventually(lambda: two.stats().num_entries == 1)
@@ -347,8 +347,8 @@ async def test_redis_refreshed_entry_replaces_the_old_one_everywhere(redis_serve
 
 async def test_lost_redis_means_misses_and_heals(redis_server: RedisServer) -> None:
     async with (
-        running(RedisStore(redis_server.url), time.time, upkeep_interval_s=0.1) as one,
-        running(RedisStore(redis_server.url), time.time, upkeep_interval_s=0.1) as two,
+        running(RedisStore(redis_server.url, timeout_s=2.0), time.time, upkeep_interval_s=0.1) as one,
+        running(RedisStore(redis_server.url, timeout_s=2.0), time.time, upkeep_interval_s=0.1) as two,
     ):
         await fill(one, ask("before the loss"))
         await eventually(lambda: two.stats().num_entries == 1)
@@ -367,12 +367,22 @@ async def test_lost_redis_means_misses_and_heals(redis_server: RedisServer) -> N
         assert hit(await two.lookup(ask("after the loss"))).kind == "hit-exact"
 
 
+async def test_an_answer_that_could_not_be_renewed_is_not_given_any_more(redis_server: RedisServer) -> None:
+    async with running(RedisStore(redis_server.url, timeout_s=2.0), time.time) as cache:
+        await fill(cache, ask("a question"), with_answer=answer("old"))
+        renewal = await cache.lookup(ask("a question", may_read=False))
+        assert isinstance(renewal, CacheMiss)
+        await cache._store._redis.config_set("maxmemory", "1")  # type: ignore[attr-defined]
+        await cache.store(ask("a question", may_read=False), renewal, answer("new"))
+        assert cache.stats().num_entries == 0
+
+
 async def test_randomised_replicas_converge(redis_server: RedisServer) -> None:
     rng = random.Random(2)
     limits = {"max_entries": 20, "flight_timeout_s": 60.0, "upkeep_interval_s": 0.1}
     async with (
-        running(RedisStore(redis_server.url), time.time, **limits) as one,
-        running(RedisStore(redis_server.url), time.time, **limits) as two,
+        running(RedisStore(redis_server.url, timeout_s=2.0), time.time, **limits) as one,
+        running(RedisStore(redis_server.url, timeout_s=2.0), time.time, **limits) as two,
     ):
 
         async def one_life(cache: SemanticCache) -> None:
