@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 from itertools import pairwise
 
 from cache.lexicon import (
@@ -21,16 +21,21 @@ from cache.lexicon import (
     FUNCTION_WORDS,
     NEGATIONS,
     NUMBER_WORDS,
+    PREPOSITIONS,
+    PRONOUNS,
     SCALES,
     TIME_AND_MEASURE,
     WH_WORDS,
 )
 
+MAX_CHARS = 2_000
+"""Longer texts are not compared: the time of one comparison stays within a few milliseconds of the event loop."""
+
 
 def objection(question: str, neighbour: str) -> str | None:
     """Why the answer to `neighbour` must not serve `question`, as a short token; None: nothing speaks against it.
 
-    Symmetric, and None for equal texts.
+    Symmetric, and None for equal texts. Takes texts of at most `MAX_CHARS` characters.
     """
     if question == neighbour:
         return None
@@ -57,9 +62,13 @@ class _Reading:
 # A word may hold inner dots, slashes and the like (paths, versions, T-shirt) but never ends in one.
 _WORD = re.compile(r"--?\w[\w.+#-]*\w|[^\W_][\w]*(?:[.'’/:+&@#_-]+\w+)*[+#]*|_\w+", re.UNICODE)
 _NUMBER = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+\.\d+(?:\.\d+)+|\d+(?:\.\d+)?|\.\d+")
-_QUOTED = re.compile(r"\"([^\"\n]{1,200})\"|“([^”\n]{1,200})”|`([^`\n]{1,200})`|«([^»\n]{1,200})»")
-_SENTENCE_END = re.compile(r"[.!?:;\n]\s*[\"'“(]*$")
-_OPERATOR = re.compile(r"[=<>]=?|!=|(?<=\d)\s*[*/^%+-]\s*(?=\d)|%|[$€£¥]|(?<![\w-])-(?=\d)")
+_QUOTED = re.compile(
+    r"\"([^\"\n]{1,200})\"|“([^”\n]{1,200})”|`([^`\n]{1,200})`|«([^»\n]{1,200})»|(?<!\w)['‘]([^'’\n]{1,200})['’](?!\w)"
+)
+_OPERATION = re.compile(r"\b(\w+)\s*([=<>!+*^|&~%]+|(?<=\d)\s*[-/]|(?<=\b\w)\s*[-/](?=\s*\w\b))\s*(?=(\w+))")
+"""Both operands and what joins them; `-` and `/` join words too, so they count only between digits or letters."""
+_SIGN = re.compile(r"(?<![\w-])-(?=\d)")
+_PUNCTUATION = frozenset(".,:;!?…'\"`‘’“”«»()-–—/_")
 
 _CONTRACTIONS = (
     (re.compile(r"\bcan['’]?t\b|\bcannot\b"), "can not"),
@@ -72,28 +81,38 @@ _CONTRACTIONS = (
 )
 
 
+@lru_cache(maxsize=256)
 def _read(text: str) -> _Reading:
     plain = text.lower()
     for pattern, replacement in _CONTRACTIONS:
         plain = pattern.sub(replacement, plain)
     words = tuple(word.strip("'’") for word in _WORD.findall(plain))
     entities, identifiers = _names(text)
-    quotes = tuple(next(part for part in match if part).lower() for match in _QUOTED.findall(text) if any(match))
+    quotes = tuple(next(part for part in match if part) for match in _QUOTED.findall(text))
     return _Reading(text, words, _numbers(plain, words), entities, identifiers, quotes)
 
 
 def _names(text: str) -> tuple[frozenset[str], frozenset[str]]:
     entities: set[str] = set()
     identifiers: set[str] = set()
+    end_of_last = 0
     for match in _WORD.finditer(text):
         word = match[0]
         if _is_identifier(word):
             identifiers.add(word)
         elif word[0].isupper() and word.lower() not in FUNCTION_WORDS:
-            starts_sentence = match.start() == 0 or _SENTENCE_END.search(text, 0, match.start()) is not None
+            starts_sentence = end_of_last == 0 or _ends_sentence(text[end_of_last : match.start()])
             if not starts_sentence or (len(word) > 1 and word.isupper()):
                 entities.add(_stem(word.lower()))
+        end_of_last = match.end()
     return frozenset(entities), frozenset(identifiers)
+
+
+def _ends_sentence(gap: str) -> bool:
+    """Whether what stands between two words ends a sentence: a mark or a line end, then opening quotes at most."""
+    before_quotes = gap.rstrip("\"'“(")
+    marks = before_quotes.rstrip()
+    return "\n" in before_quotes[len(marks) :] or marks.endswith((".", "!", "?", ":", ";"))
 
 
 def _is_identifier(word: str) -> bool:
@@ -139,11 +158,11 @@ def _spelled_numbers(words: Sequence[str]) -> list[int]:
 
 
 def _canonical(digits: str) -> str:
-    try:
-        value = Decimal(digits.replace(",", ""))
-    except InvalidOperation:  # a version, 3.11.2
+    whole, _, fraction = digits.replace(",", "").partition(".")
+    if "." in fraction:  # a version, 3.11.2
         return digits
-    return str(value.to_integral_value()) if value == value.to_integral_value() else str(value.normalize())
+    fraction = fraction.rstrip("0")
+    return (whole.lstrip("0") or "0") + (f".{fraction}" if fraction else "")
 
 
 def _stem(word: str) -> str:
@@ -157,8 +176,22 @@ def _same_numbers(a: _Reading, b: _Reading) -> bool:
 
 
 def _same_operators(a: _Reading, b: _Reading) -> bool:
-    """`<` is not `>`, 5 is not 5 %, and $5 is not €5."""
-    return sorted(m.strip() for m in _OPERATOR.findall(a.text)) == sorted(m.strip() for m in _OPERATOR.findall(b.text))
+    """a < b is neither a > b nor b < a."""
+    return _operations(a.text) == _operations(b.text)
+
+
+def _operations(text: str) -> Counter[tuple[str, ...]]:
+    operations = ((left, operator.strip(), right) for left, operator, right in _OPERATION.findall(text.lower()))
+    return Counter([*operations, *((sign,) for sign in _SIGN.findall(text))])
+
+
+def _same_symbols(a: _Reading, b: _Reading) -> bool:
+    """An embedder knows no emoji and few signs: $5 is not €5, and 😀 not 😢."""
+    return _symbols(a.text) == _symbols(b.text)
+
+
+def _symbols(text: str) -> Counter[str]:
+    return Counter(c for c in text if not (c.isalnum() or c.isspace() or c in _PUNCTUATION))
 
 
 def _same_negation(a: _Reading, b: _Reading) -> bool:
@@ -224,11 +257,16 @@ def _same_identifiers(a: _Reading, b: _Reading) -> bool:
 
 
 def _has_all(reading: _Reading, identifiers: frozenset[str]) -> bool:
-    return all(identifier.lower() in reading.words or identifier in reading.identifiers for identifier in identifiers)
+    """Each is written there too, as it is or as a plain word in lower case: getURL is not getUrl."""
+    others = {identifier.lower() for identifier in reading.identifiers}
+    return all(
+        identifier in reading.identifiers or (identifier.lower() in reading.words and identifier.lower() not in others)
+        for identifier in identifiers
+    )
 
 
 def _same_quotes(a: _Reading, b: _Reading) -> bool:
-    return all(quote in b.text.lower() for quote in a.quotes) and all(quote in a.text.lower() for quote in b.quotes)
+    return all(quote in b.text for quote in a.quotes) and all(quote in a.text for quote in b.quotes)
 
 
 def _same_direction(a: _Reading, b: _Reading) -> bool:
@@ -255,6 +293,27 @@ def _after_prepositions(words: Sequence[str]) -> Mapping[str, set[str]]:
     return after
 
 
+def _same_order(a: _Reading, b: _Reading) -> bool:
+    """The same words in another order ask something else: "do cats eat mice", "do mice eat cats"."""
+    order_a, order_b = _ordered(a.words), _ordered(b.words)
+    return order_a == order_b or sorted(order_a) != sorted(order_b)
+
+
+def _ordered(words: Sequence[str]) -> list[str]:
+    """The words whose order carries meaning; the two that "and" or "or" joins have none among themselves."""
+    ordered: list[str] = []
+    joins = False
+    for word in words:
+        if word in ("and", "or"):
+            joins = bool(ordered)
+        elif word in PRONOUNS or word in PREPOSITIONS or word not in FUNCTION_WORDS:
+            ordered.append(PRONOUNS.get(word) or _stem(word))
+            if joins:
+                ordered[-2:] = sorted(ordered[-2:])
+            joins = False
+    return ordered
+
+
 def _same_foreign_words(a: _Reading, b: _Reading) -> bool:
     """Scripts that an English embedder reads as unknown tokens must agree word for word."""
     return Counter(w for w in a.words if _is_foreign(w)) == Counter(w for w in b.words if _is_foreign(w))
@@ -273,8 +332,10 @@ _CHECKS: Mapping[str, Callable[[_Reading, _Reading], bool]] = {
     "entities": _same_entities,
     "quotes": _same_quotes,
     "operators": _same_operators,
+    "symbols": _same_symbols,
     "format": _same_format,
     "question-word": _same_question_word,
     "direction": _same_direction,
+    "order": _same_order,
     "script": _same_foreign_words,
 }

@@ -254,11 +254,20 @@ TIME_AND_MEASURE: Mapping[str, str] = {
 WH_WORDS: Mapping[str, str] = {
     "who": "who",
     "whom": "who",
-    "whose": "who",
+    "whose": "whose",
     "when": "when",
     "where": "where",
     "why": "why",
 }
+
+PRONOUNS: Mapping[str, str] = {
+    **dict.fromkeys(_words("i me my mine we us our ours"), "speaker"),
+    **dict.fromkeys(_words("you your yours"), "listener"),
+    **dict.fromkeys(_words("he him his"), "he"),
+    **dict.fromkeys(_words("she her hers"), "she"),
+    **dict.fromkeys(_words("they them their theirs"), "they"),
+}
+"""word -> whom it stands for."""
 
 FORMATS = frozenset(
     _words(
@@ -268,6 +277,8 @@ FORMATS = frozenset(
         "haskell sql bash powershell"
     )
 )
+
+PREPOSITIONS = frozenset(_words("of in on at by for from to with about as into onto than"))
 
 DIRECTIONS = frozenset(_words("from to into onto than over under before after against"))
 
