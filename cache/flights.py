@@ -1,7 +1,7 @@
 """Single flight: of identical questions asked at the same time one is answered by a model, the others wait for it.
 
 Knows keys, not questions. Per key there is at most one leader at any time; a leader holds a lease, and when it
-abandons or the lease runs out exactly one waiter takes over. Belongs to one event loop.
+abandons or the lease runs out unrenewed exactly one waiter takes over. Belongs to one event loop.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cache.types import CacheHit
-
-_WAIT_LEASES = 2
-"""A waiter outlives one dead leader, then goes alone: a bound on its delay, at the price of duplicate work."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +57,8 @@ class Flights:
     async def join(self, key: str, accepts: Callable[[CacheHit], bool], can_lead: bool) -> str | CacheHit | None:
         """The answer of the flight under way, a token where the caller leads now, or None: go on alone.
 
-        `accepts` says whether this caller takes a given answer (its age). Waits two leases at most.
+        `accepts` says whether this caller takes a given answer (its age). Waits for as long as somebody leads: an
+        answer under way comes sooner than one begun now.
         """
         flight = self._flights.get(key)
         if flight is None:
@@ -68,13 +66,18 @@ class Flights:
         waiter = _Waiter(asyncio.get_running_loop().create_future(), accepts, can_lead)
         flight.waiters.append(waiter)
         try:
-            async with asyncio.timeout(_WAIT_LEASES * self._lease_s):
-                return await self._await(waiter)
-        except TimeoutError:
-            return None
+            return await self._await(waiter)
         finally:
             if waiter in flight.waiters:
                 flight.waiters.remove(waiter)
+
+    def renew(self, token: str) -> None:
+        """Start the lease anew. Unknown and outdated tokens are ignored."""
+        key = self._key_of.get(token)
+        if key is not None:
+            flight = self._flights[key]
+            flight.lease.cancel()
+            flight.lease = self._start_lease(token)
 
     def announce(self, key: str, hit: CacheHit) -> None:
         """Give the answer to all who wait and accept it; the flight stays open for those still to come."""

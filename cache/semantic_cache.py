@@ -22,10 +22,10 @@ from cache.decision import Decision
 from cache.embedder import Embedded, MicroBatcher, TextEmbedder
 from cache.entries import Entries
 from cache.flights import Flights
-from cache.gate import objection
+from cache.gate import MAX_CHARS, objection
 from cache.index import VectorIndex
 from cache.store import Change, Entry, Store, StoreUnavailable
-from cache.types import CachedAnswer, CacheHit, CacheMiss, CacheQuery, LookupResult
+from cache.types import FLIGHT_LEASE_S, CachedAnswer, CacheHit, CacheMiss, CacheQuery, LookupResult
 from replicas.types import MillraceError
 
 logger = logging.getLogger(__name__)
@@ -43,14 +43,13 @@ class CacheSettings:
     ttl_s: float = 86_400.0
     max_entries: int = 50_000
     max_bytes: int = 512 * 2**20
-    flight_timeout_s: float = 30.0
-    """Lease of a leader: how long identical questions wait for its answer before one of them takes over."""
+    flight_lease_s: float = FLIGHT_LEASE_S
     upkeep_interval_s: float = 5.0
     """How often expired entries are removed, times of use written to the store, and the bounds enforced on what other
     replicas stored: until then two that evict the same entry at once may leave one too many."""
 
     def __post_init__(self) -> None:
-        for name in ("ttl_s", "max_entries", "max_bytes", "flight_timeout_s", "upkeep_interval_s"):
+        for name in ("ttl_s", "max_entries", "max_bytes", "flight_lease_s", "upkeep_interval_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"cache.{name} must be positive, not {getattr(self, name)}")
 
@@ -66,7 +65,7 @@ class CacheStats:
     num_waiters: int
     is_store_up: bool
     counts: Mapping[str, int]
-    """hit-exact, hit-semantic, miss, joined, stored, evicted, expired, store-failed, embedder-failed, truncated,
+    """hit-exact, hit-semantic, miss, joined, stored, evicted, expired, store-failed, embedder-failed, too-long,
     below-threshold, and `gate-<reason>` for each neighbour that the gate turned down."""
 
 
@@ -89,7 +88,7 @@ class SemanticCache:
         self._settings = settings
         self._clock = clock
         self._batcher = MicroBatcher(embedder)
-        self._flights = Flights(settings.flight_timeout_s)
+        self._flights = Flights(settings.flight_lease_s)
         self._entries = Entries(index, embedder.name, settings.max_entries, settings.max_bytes)
         self._touched: dict[str, float] = {}  # times of use the store has not seen
         self._doomed: dict[str, str] = {}  # key -> version, removed here, not yet in the store
@@ -120,7 +119,8 @@ class SemanticCache:
         await self._store.close()
 
     async def lookup(self, query: CacheQuery) -> LookupResult:
-        """The stored answer, or a miss. A miss with a `flight` obliges the caller to `store` or `abandon` it."""
+        """The stored answer, or a miss. A miss with a `flight` obliges the caller to `store` or `abandon`
+        it, and to `renew` it until then."""
         hit = self._find_exact(query) if query.may_read else None
         if hit is not None:
             return self._counted(hit)
@@ -148,6 +148,11 @@ class SemanticCache:
         hit = CacheHit(answer, "hit-exact", similarity=1.0, age_s=0.0)
         self._flights.announce(query.exact_key, hit)
         await self._shielded(self._keep_and_settle(query, miss, hit))
+
+    async def renew(self, flights: Sequence[str]) -> None:
+        """The answers of these flights are still being made: each lease begins anew."""
+        for flight in flights:
+            self._flights.renew(flight)
 
     async def abandon(self, miss: CacheMiss) -> None:
         if miss.flight is not None:
@@ -228,8 +233,8 @@ class SemanticCache:
 
     async def _find_neighbour(self, query: CacheQuery, embedded: Embedded) -> CacheHit | None:
         assert query.text is not None, "only a text has neighbours"
-        if embedded.is_truncated:  # two long texts that begin alike have one embedding
-            self._counts["truncated"] += 1
+        if embedded.is_truncated or len(query.text) > MAX_CHARS:  # two long texts that begin alike have one embedding
+            self._counts["too-long"] += 1
             return None
         search = (query.partition, embedded.vector, _NUM_NEIGHBOURS)
         if self._index.size(query.partition) > _MAX_SEARCH_ON_LOOP:
@@ -282,7 +287,7 @@ class SemanticCache:
 
     async def _keep(self, query: CacheQuery, miss: CacheMiss, answer: CachedAnswer) -> None:
         embedding = None
-        if query.text is not None and miss.embedding is not None and await self._fits(query.text):
+        if query.text is not None and miss.embedding is not None and self._is_read_whole(query.text):
             embedding = np.asarray(miss.embedding, np.float32)
         now_s = self._clock()
         entry = Entry(
@@ -317,11 +322,9 @@ class SemanticCache:
             self._evict()
             await self._delete_doomed()
 
-    async def _fits(self, text: str) -> bool:
-        """Whether the embedder reads the whole text."""
-        if len(text) < 2_000:
-            return self._embedder.fits(text)
-        return await asyncio.to_thread(self._embedder.fits, text)
+    def _is_read_whole(self, text: str) -> bool:
+        """By the embedder and by the gate."""
+        return len(text) <= MAX_CHARS and self._embedder.fits(text)
 
     def _insert(self, entry: Entry) -> None:
         self._doomed.pop(entry.key, None)

@@ -50,6 +50,9 @@ class CacheServer:
     async def store(self, query: CacheQuery, miss: CacheMiss, answer: CachedAnswer) -> None:
         await self._cache.store(query, miss, answer)
 
+    async def renew(self, flights: Sequence[str]) -> None:
+        await self._cache.renew(flights)
+
     async def abandon(self, miss: CacheMiss) -> None:
         await self._cache.abandon(miss)
 

@@ -58,3 +58,6 @@ class CacheMiss:
 
 
 LookupResult = CacheHit | CacheMiss
+
+FLIGHT_LEASE_S = 15.0
+"""How long a leader that is not heard of keeps its flight. Who holds flights renews them a few times in each lease."""

@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from cache.types import CachedAnswer, CacheMiss, CacheQuery, LookupResult
+from cache.types import FLIGHT_LEASE_S, CachedAnswer, CacheMiss, CacheQuery, LookupResult
 from replicas.types import (
     Chunk,
     EngineError,
@@ -44,8 +44,9 @@ logger = logging.getLogger("ray.serve")
 STATS_PERIOD_S = 1.0
 MAX_READING_AGE_S = 60.0
 CALL_TIMEOUT_S = 30.0
-LOOKUP_TIMEOUT_S = 120.0
-"""A lookup may wait for an identical request in flight."""
+LOOKUP_TIMEOUT_S = 600.0
+"""A lookup may wait for an identical request in flight: as long as an answer takes."""
+RENEWAL_PERIOD_S = FLIGHT_LEASE_S / 3
 UPDATE_TIMEOUT_S = 2.0
 
 T = TypeVar("T")
@@ -246,16 +247,17 @@ class CacheClient:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._deployment: Deployment[Any] = Deployment("the semantic cache", handle)
         self._handle = handle
-        self._reader: asyncio.Task[None] | None = None
+        self._flights: set[str] = set()  # led by answers of this gateway
+        self._loops: list[asyncio.Task[None]] = []
         self._unclaimed: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         await self._deployment.read()
-        self._reader = asyncio.create_task(self._deployment.read_forever())
+        self._loops = [asyncio.create_task(loop) for loop in (self._deployment.read_forever(), self._renew_forever())]
 
     async def close(self) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
+        for loop in self._loops:
+            loop.cancel()
         await asyncio.gather(*self._unclaimed)
 
     async def lookup(self, query: CacheQuery) -> LookupResult:
@@ -264,6 +266,8 @@ class CacheClient:
         call = asyncio.ensure_future(self._deployment.result(self._handle.lookup.remote(query), LOOKUP_TIMEOUT_S))
         try:
             result: LookupResult = await asyncio.shield(call)
+            if isinstance(result, CacheMiss) and result.flight is not None:
+                self._flights.add(result.flight)
             return result
         except asyncio.CancelledError:
             self._give_back(call)
@@ -273,10 +277,12 @@ class CacheClient:
             return CacheMiss()
 
     async def store(self, query: CacheQuery, miss: CacheMiss, answer: CachedAnswer) -> None:
+        self._flights.discard(miss.flight or "")
         await self._tell(self._handle.store.remote(query, miss, answer))
 
     async def abandon(self, miss: CacheMiss) -> None:
         if miss.flight is not None:
+            self._flights.discard(miss.flight)
             await self._tell(self._handle.abandon.remote(miss))
 
     async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
@@ -289,6 +295,12 @@ class CacheClient:
             await self._deployment.result(response, UPDATE_TIMEOUT_S)
         except MillraceError as error:
             logger.warning(f"cache update failed: {error.message}")
+
+    async def _renew_forever(self) -> None:
+        while True:
+            await asyncio.sleep(RENEWAL_PERIOD_S)
+            if self._flights and self._deployment.readings():
+                await self._tell(self._handle.renew.remote(tuple(self._flights)))
 
     def _give_back(self, call: asyncio.Future[LookupResult]) -> None:
         """The asker has left, but the lookup may still bring it the lead of a flight that others wait for."""

@@ -61,14 +61,29 @@ async def test_the_lease_of_a_dead_leader_ends() -> None:
     assert len(flights) == 0
 
 
-async def test_a_waiter_outlives_one_dead_leader_then_goes_alone() -> None:
+async def test_dead_leaders_release_one_waiter_each() -> None:
     flights = Flights(lease_s=0.05)
     assert flights.lead("key") is not None
-    waiters = [join(flights) for _ in range(3)]
-    outcomes = await asyncio.gather(*waiters)
-    assert isinstance(outcomes[0], str)
-    assert sum(outcome is None for outcome in outcomes) >= 1
+    waiters = {join(flights) for _ in range(3)}
+    while waiters:  # no heir ever answers: each in turn is found dead, and no two lead at once
+        done, waiters = await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        assert [type(task.result()) for task in done] == [str]
     assert flights.num_waiters == 0
+
+
+async def test_a_renewed_lease_goes_on() -> None:
+    flights = Flights(lease_s=0.4)
+    token = flights.lead("key")
+    assert token is not None
+    waiter = join(flights)
+    for _ in range(12):
+        await asyncio.sleep(0.05)
+        flights.renew(token)
+    assert not waiter.done()
+    flights.settle("key", token, HIT)
+    assert await waiter == HIT
+    flights.renew(token)  # outdated: nothing happens
+    assert len(flights) == 0
 
 
 async def test_who_refuses_the_answer_takes_over() -> None:

@@ -82,10 +82,10 @@ async def test_a_repeated_question_is_an_exact_hit_and_embeds_nothing(store: Sql
 async def test_a_rephrased_question_hits_inside_its_partition_only(store: SqliteStore, clock: Clock) -> None:
     async with running(store, clock) as cache:
         await fill(cache, ask("why is the big sky over us blue today"))
-        found = hit(await cache.lookup(ask("today why is the big sky over us blue")))
+        found = hit(await cache.lookup(ask("why is that big sky over us blue today")))
         assert found.kind == "hit-semantic"
-        assert found.similarity > 0.99
-        miss = await misses(cache, ask("today why is the big sky over us blue", partition="other"))
+        assert 0.8 < found.similarity < 1.0
+        miss = await misses(cache, ask("why is that big sky over us blue today", partition="other"))
         assert miss.embedding is not None
         assert len(miss.embedding) == WordEmbedder.dim
 
@@ -151,7 +151,7 @@ async def test_entries_survive_a_restart(tmp_path: Path, clock: Clock) -> None:
     async with running(SqliteStore(path), clock) as cache:
         assert (cache.stats().num_entries, cache.stats().num_bytes) == (2, num_bytes)
         assert hit(await cache.lookup(ask(None))).kind == "hit-exact"
-        assert hit(await cache.lookup(ask("today why is the big sky over us blue"))).kind == "hit-semantic"
+        assert hit(await cache.lookup(ask("why is that big sky over us blue today"))).kind == "hit-semantic"
 
 
 async def test_another_embedders_vectors_are_not_compared(tmp_path: Path, clock: Clock) -> None:
@@ -161,7 +161,7 @@ async def test_another_embedders_vectors_are_not_compared(tmp_path: Path, clock:
     other = WordEmbedder()
     other.name = "other words"
     async with running(SqliteStore(path), clock, other) as cache:
-        await misses(cache, ask("today why is the big sky over us blue"))
+        await misses(cache, ask("why is that big sky over us blue today"))
         assert hit(await cache.lookup(ask("why is the big sky over us blue today"))).kind == "hit-exact"
 
 
@@ -209,7 +209,7 @@ async def test_a_semantic_hit_serves_those_who_wait(store: SqliteStore, clock: C
     async with running(store, clock, embedder) as cache:
         await fill(cache, ask("why is the big sky over us blue today"))
         embedder.delay_s = 0.02
-        query = ask("today why is the big sky over us blue")
+        query = ask("why is that big sky over us blue today")
         results = await asyncio.gather(*(cache.lookup(query) for _ in range(10)))
         assert {hit(result).kind for result in results} == {"hit-semantic"}
         assert embedder.num_texts == 2
@@ -252,7 +252,7 @@ async def test_randomised_crowd_keeps_its_books(tmp_path: Path, clock: Clock) ->
     """Hundreds of askers who store, abandon, vanish and are cancelled, while entries expire and are evicted."""
     rng = random.Random(1)
     embedder = WordEmbedder()
-    settings = {"max_entries": 25, "max_bytes": 60_000, "ttl_s": 40.0, "flight_timeout_s": 60.0}
+    settings = {"max_entries": 25, "max_bytes": 60_000, "ttl_s": 40.0, "flight_lease_s": 60.0}
     leading: set[str] = set()
     words = ["sky", "sea", "tea", "sun", "moon", "wind"]
 
@@ -320,7 +320,7 @@ async def test_redis_replicas_see_one_anothers_entries(redis_server: RedisServer
             await fill(one, ask("why is the big sky over us blue today"))
             assert hit(await two.lookup(ask("why is the big sky over us blue today"))).kind == "hit-exact"
             await eventually(lambda: two.stats().num_entries == 2)
-            assert hit(await two.lookup(ask("today why is the big sky over us blue"))).kind == "hit-semantic"
+            assert hit(await two.lookup(ask("why is that big sky over us blue today"))).kind == "hit-semantic"
             await fill(two, ask("one more than the second may hold"))  # evicts, everywhere
             await eventually(lambda: one.stats().num_entries == 2)
             assert (
@@ -379,7 +379,7 @@ async def test_an_answer_that_could_not_be_renewed_is_not_given_any_more(redis_s
 
 async def test_randomised_replicas_converge(redis_server: RedisServer) -> None:
     rng = random.Random(2)
-    limits = {"max_entries": 20, "flight_timeout_s": 60.0, "upkeep_interval_s": 0.1}
+    limits = {"max_entries": 20, "flight_lease_s": 60.0, "upkeep_interval_s": 0.1}
     async with (
         running(RedisStore(redis_server.url, timeout_s=2.0), time.time, **limits) as one,
         running(RedisStore(redis_server.url, timeout_s=2.0), time.time, **limits) as two,
