@@ -76,12 +76,17 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A sampled token, its log-probability in nats, and the `top` alternatives as (id, text, logprob)."""
+    """A token and its log-probability in nats; of a sampled one also the `top` alternatives."""
 
     token_id: int
-    token: str
+    token_bytes: bytes
+    """Several tokens may share one character, so a token alone need not be valid UTF-8."""
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    top: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def token(self) -> str:
+        return self.token_bytes.decode("utf-8", errors="replace")
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,8 +179,8 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
     return {
         "content": [
             {
-                **_chat_token(entry.token, entry.logprob),
-                "top_logprobs": [_chat_token(token, logprob) for _, token, logprob in entry.top],
+                **_chat_token(entry),
+                "top_logprobs": [_chat_token(alternative) for alternative in entry.top],
             }
             for entry in logprobs
         ],
@@ -198,8 +198,7 @@ def completion_logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> dict[s
         "tokens": [entry.token for entry in logprobs],
         "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
         "top_logprobs": [
-            {token: _finite(logprob) for _, token, logprob in ((0, entry.token, entry.logprob), *entry.top)}
-            for entry in logprobs
+            {scored.token: _finite(scored.logprob) for scored in (entry, *entry.top)} for entry in logprobs
         ],
         "text_offset": offsets,
     }
@@ -275,8 +274,8 @@ def _num_logprobs(body: SamplingBody) -> int | None:
     return body.logprobs
 
 
-def _chat_token(token: str, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": _finite(logprob), "bytes": list(token.encode())}
+def _chat_token(scored: TokenLogprob) -> dict[str, Any]:
+    return {"token": scored.token, "logprob": _finite(scored.logprob), "bytes": list(scored.token_bytes)}
 
 
 def _finite(logprob: float) -> float:

@@ -178,8 +178,8 @@ class FakeTokenizer:
             ids += [IM_START, *self.encode(f"{message['role']}\n{message['content']}", False), IM_END]
         return [*ids, IM_START, *self.encode("assistant\n", False)] if prompt.add_generation_prompt else ids
 
-    def token_text(self, token_id: int) -> str:
-        return self.decode([token_id], False)
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id], False).encode()
 
 
 class FakeTextStream:

@@ -77,9 +77,6 @@ class Answer:
 
     def _token_logprob(self, token_id: int, row: Logprobs) -> TokenLogprob:
         top = zip(row.top_token_ids.tolist(), row.top_logprobs.tolist(), strict=True)
-        return TokenLogprob(
-            token_id=token_id,
-            token=self._tokenizer.token_text(token_id),
-            logprob=row.sampled,
-            top=tuple((other, self._tokenizer.token_text(other), logprob) for other, logprob in top),
-        )
+        bytes_of = self._tokenizer.token_bytes
+        alternatives = tuple(TokenLogprob(other, bytes_of(other), logprob) for other, logprob in top)
+        return TokenLogprob(token_id, bytes_of(token_id), row.sampled, alternatives)

@@ -57,13 +57,8 @@ class TokenText:
             return _ByteStream(self, skipped, self._num_stripped)
         return _WindowStream(self._backend, skip_special_tokens)
 
-    def token_text(self, token_id: int) -> str:
-        """One token on its own, special ones included; bytes that are no whole character read U+FFFD."""
-        if self._has_bytes:
-            return self.token_bytes(token_id).decode("utf-8", errors="replace")
-        return str(self._backend.decode([token_id], skip_special_tokens=False))
-
     def token_bytes(self, token_id: int) -> bytes:
+        """One token on its own, special ones included; it may hold only a part of a character."""
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._find_bytes(token_id)
@@ -74,6 +69,8 @@ class TokenText:
         return self._is_byte_level or self._is_sentencepiece
 
     def _find_bytes(self, token_id: int) -> bytes:
+        if not self._has_bytes:
+            return str(self._backend.decode([token_id], skip_special_tokens=False)).encode()
         token = self._backend.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             return b""

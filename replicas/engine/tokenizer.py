@@ -116,9 +116,9 @@ class Tokenizer:
         """The same text as `decode`, token by token."""
         return self._text.stream(skip_special_tokens)
 
-    def token_text(self, token_id: int) -> str:
-        """One token on its own; U+FFFD stands for bytes that are no whole character."""
-        return self._text.token_text(token_id)
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token on its own, special ones included; it may hold only a part of a character."""
+        return self._text.token_bytes(token_id)
 
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         try:

@@ -180,8 +180,9 @@ def prompt_tokens(prompt: Prompt) -> list[int]:
 
 
 def _logprob(token: int, num_top: int) -> TokenLogprob:
-    top = tuple(((token + k) % 16, VOCABULARY[(token + k) % 16], -0.5 - k) for k in range(num_top))
-    return TokenLogprob(token, VOCABULARY[token], -0.5 if token else float("-inf"), top)
+    others = [(token + k) % 16 for k in range(num_top)]
+    top = tuple(TokenLogprob(other, VOCABULARY[other].encode(), -0.5 - k) for k, other in enumerate(others))
+    return TokenLogprob(token, VOCABULARY[token].encode(), -0.5 if token else float("-inf"), top)
 
 
 @dataclass

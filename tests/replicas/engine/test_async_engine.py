@@ -193,7 +193,7 @@ async def test_logprobs_belong_to_their_tokens() -> None:
     logprobs = [logprob for chunk in chunks for logprob in chunk.logprobs]
     assert [logprob.token_id for logprob in logprobs] == ids_of(chunks)
     assert "".join(logprob.token for logprob in logprobs) == text_of(chunks)
-    assert all(len(logprob.top) == 2 and logprob.top[0][1] == logprob.token for logprob in logprobs)
+    assert all(len(logprob.top) == 2 and logprob.top[0].token_id == logprob.token_id for logprob in logprobs)
     assert all(chunk.logprobs == () for chunk in plain)
 
 

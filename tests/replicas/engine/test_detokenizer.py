@@ -70,7 +70,11 @@ def token_sequences(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
 
 def byte_tokens(tokenizer: Tokenizer) -> list[int]:
     """Tokens whose bytes are no whole character."""
-    return [i for i in range(min(3000, tokenizer.vocab_size)) if "\ufffd" in tokenizer.token_text(i)]
+    return [
+        i
+        for i in range(min(3000, tokenizer.vocab_size))
+        if "\ufffd" in tokenizer.token_bytes(i).decode(errors="replace")
+    ]
 
 
 def release(

@@ -165,10 +165,10 @@ def test_sentencepiece_agrees_with_the_oracle(text: str) -> None:
 
 def test_single_tokens_as_text() -> None:
     tokenizer = bundled_tokenizer()
-    assert tokenizer.token_text(2) == "<|im_end|>"
-    assert tokenizer.token_text(tokenizer.encode(" world")[0]) == " world"
-    assert tokenizer.token_text(tokenizer.vocab_size + 5) == ""
-    assert sentencepiece_tokenizer().token_text(3 + 0xE4) == "\ufffd"
+    assert tokenizer.token_bytes(2) == b"<|im_end|>"
+    assert tokenizer.token_bytes(tokenizer.encode(" world")[0]) == b" world"
+    assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
+    assert sentencepiece_tokenizer().token_bytes(3 + 0xE4) == b"\xe4"
 
 
 @pytest.mark.parametrize("pre", ["default", "llama-bpe", "qwen2", "gpt-2", "tekken", "gpt-4o", "falcon", "deepseek-v3"])
