@@ -82,7 +82,8 @@ class Change:
 
 
 class Store(Protocol):
-    """All operations but `start` raise `StoreUnavailable` where they fail, soon."""
+    """All operations but `start` raise `StoreUnavailable` where they fail: those on one entry within a fixed time, so
+    that no lookup waits for a lost store; `load` and `delete` take as long as they have entries."""
 
     @property
     def is_shared(self) -> bool:
@@ -240,8 +241,8 @@ class RedisStore:
     """Entries as hashes with a time to live, and a stream as change log that other replicas follow.
 
     Keys, all under `{namespace}:` (one cluster slot): `entry:<key>` hash of version, record, vector; `used` sorted set
-    of keys by last use; `log` stream of changes. An operation fails within `timeout_s`; after one failure all others
-    fail at once until the follower reaches Redis again, so nothing piles up behind a lost server.
+    of keys by last use; `log` stream of changes. A command fails within `timeout_s`; after one that Redis did not
+    answer all others fail at once until the follower reaches it again, so nothing piles up behind a lost server.
     """
 
     is_shared = True

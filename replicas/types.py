@@ -71,7 +71,6 @@ class GenerateRequest:
     """Requests of different salts never share prefix-cache blocks: the tenant, and later the adapter."""
     num_siblings: int = 1
     """`n` of the client's request; a replica refuses what could never fit its KV cache together."""
-    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
