@@ -161,7 +161,7 @@ def test_what_cannot_shape_the_answer_does_not_separate() -> None:
     same = [
         request(sampling=dataclasses.replace(GREEDY, seed=7, top_p=0.9, top_k=5, min_p=0.1)),
         request(sampling=dataclasses.replace(GREEDY, temperature=0)),
-        dataclasses.replace(request(), request_id="other", priority=3, model="another"),
+        dataclasses.replace(request(), request_id="other", model="another"),
     ]
     assert {query(asked) for asked in same} == {query()}
 
