@@ -105,6 +105,10 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"Unrecognized request argument supplied: '{path}'.", path)
     if kind == "missing":
         return InvalidRequest(f"Missing required parameter: '{path}'.", path)
+    if kind == "too_short":
+        return InvalidRequest(f"'{path}' should not be empty.", path)
+    if kind == "too_long":
+        return InvalidRequest(f"'{path}' should have at most {first['ctx']['max_length']} items.", path)
     if message.startswith("Input should"):
         got = _json_type(first["input"])
         return InvalidRequest(f"'{path}' should{message.removeprefix('Input should')}, but got {got}.", path)

@@ -60,6 +60,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, chat(tool_choice="required"), "tool_choice"),
     (CHAT, chat(echo=True), "echo"),
     (CHAT, chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs.messages"),
+    (CHAT, chat(stop_token_ids=[1] * 129), "stop_token_ids"),
     (CHAT, {"model": "small"}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": "a"}]}, "model"),
     (CHAT, chat(model=""), "model"),
@@ -116,6 +117,7 @@ async def test_a_bad_field_is_named(path: str, body: dict[str, Any], param: str)
     assert error["param"] == param, error
     assert error["type"] == "invalid_request_error"
     assert param.split(".")[0] in error["message"]
+    assert "Tuple" not in error["message"], "JSON has arrays"
     assert h.backend.attempts == []
 
 
