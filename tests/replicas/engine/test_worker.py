@@ -70,7 +70,7 @@ def test_it_draws_the_greedy_tokens_of_the_model(folder: Path) -> None:
     while len(tokens) < 10:
         tokens.append(int(local.execute(driver.batch({"r": tokens[-1:]})).token_ids[0]))
     assert tokens == expected
-    assert local.kernels_name == "reference"
+    assert local.kernels_name == "reference"  # its blocks of 4 tokens are too small for the CPU kernels
     assert set(local.phases_s) == {"open", "load_weights", "trial_step", "kv_cache"}
     assert all(seconds >= 0 for seconds in local.phases_s.values())
     local.shutdown()
