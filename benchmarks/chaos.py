@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -48,7 +49,7 @@ def random_body(rng: random.Random, model: str) -> dict[str, Any]:
     body: dict[str, Any] = {"model": model, "prompt": " ".join(rng.choices(words, k=rng.randint(1, 120)))}
     body["max_tokens"] = rng.choice([1, 2, 8, 24, 48])
     body["stream"] = rng.random() < 0.6
-    optional = {
+    optional: dict[str, Callable[[], object]] = {
         "temperature": lambda: rng.choice([0, 0.3, 1, 2]),
         "top_p": lambda: rng.choice([0.1, 0.9, 1]),
         "top_k": lambda: rng.choice([-1, 1, 40]),

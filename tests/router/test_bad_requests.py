@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from gateway_harness import chat, harness
+
+from replicas.types import ChatPrompt
+from tests.router.gateway_harness import chat, harness
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -197,11 +199,13 @@ async def test_strange_but_valid_text_passes() -> None:
     async with h.http() as client:
         reply = await client.post(CHAT, json=chat("nul \x00, emoji \U0001f600, \u202e, \ufffd"))
     assert reply.status_code == 200
-    assert h.backend.attempts[0].prompt.messages[0]["content"].startswith("nul \x00")  # type: ignore[union-attr]
+    prompt = h.backend.attempts[0].prompt
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.messages[0]["content"].startswith("nul \x00")
 
 
 async def test_fields_that_do_not_change_the_answer_are_accepted() -> None:
-    ignored = {
+    ignored: dict[str, Any] = {
         "store": True,
         "metadata": {"a": "b"},
         "service_tier": "auto",

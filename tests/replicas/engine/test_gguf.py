@@ -13,13 +13,13 @@ import torch
 from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_driver import PagedDriver, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from replicas.engine.models import gguf as gguf_module
 from replicas.engine.models.gguf import GgufFile
 from replicas.engine.models.gguf_model import GgufModel
 from replicas.engine.models.source import resolve_source
+from tests.replicas.engine.paged_driver import PagedDriver, build
 
 torch.set_num_threads(1)
 Type = gguf.GGMLQuantizationType

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_driver import PagedDriver
 
 from replicas.engine.kernels import Kernels
 from replicas.engine.kernels.reference import ReferenceKernels
 from replicas.engine.layers.rotary import RopeConfig
 from replicas.engine.models.transformer import Transformer, TransformerConfig
 from replicas.engine.quant.unquantized import UnquantizedLinear
+from tests.replicas.engine.paged_driver import PagedDriver
 
 torch.set_num_threads(1)
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32, 38, 4, 6, 26, 4, 33, 8]

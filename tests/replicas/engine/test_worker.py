@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from paged_driver import PagedDriver, build
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
 from replicas.engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from replicas.engine.models.loader import read_model_info
 from replicas.engine.worker import LocalExecutor
+from tests.replicas.engine.paged_driver import PagedDriver, build
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
