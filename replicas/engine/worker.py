@@ -100,7 +100,7 @@ class Worker:
         from replicas.engine.sampler import Sampler
 
         cache = allocate(self._kv_shape(), num_blocks, self.device)
-        return ModelRunner(self.model, cache, Sampler(self.info.vocab_size, self.device))
+        return ModelRunner(self.model, cache, Sampler(self.info.vocab_size, self.device, self.kernels))
 
     def _kv_shape(self) -> KVShape:
         return KVShape.of(self.info.transformer, self.config.cache, self.dtype)

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from replicas.engine.batch import Batch
@@ -40,6 +42,24 @@ class HeadShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class GumbelDraws:
+    """One token each from some rows of a table of scores; every column has shape (num_draws,).
+
+    The token whose (score - best) / temperature, if that reaches the threshold, and Gumbel number have the largest sum.
+    """
+
+    rows: NDArray[np.int64]
+    """Distinct and rising."""
+    best: NDArray[np.float32]
+    """The row's largest score."""
+    temperature: NDArray[np.float32]
+    threshold: NDArray[np.float32]
+    """-inf: none."""
+    seed: NDArray[np.uint64]
+    position: NDArray[np.int64]
 
 
 class StepModel(Protocol):
@@ -120,6 +140,14 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Causal attention of each request's last query rows over its cached tokens, grouped heads allowed;
         (num_tokens, num_heads x head_dim)."""
+        ...
+
+    def max_of_rows(self, scores: Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Of scores (num_samples, vocab_size) fp32 each row's largest, NaN if any is, and its token id."""
+        ...
+
+    def draw_of_rows(self, scores: Tensor, draws: GumbelDraws) -> NDArray[np.int64]:
+        """scores (num_samples, vocab_size) fp32 -> one token id per draw, a function of its own row alone."""
         ...
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from replicas.engine.kernels import AttentionPlan, Forward, HeadShape, StepModel
+from replicas.engine.kernels import AttentionPlan, Forward, GumbelDraws, HeadShape, StepModel, gumbel
 from replicas.engine.kernels.eager import EagerForward
 
 MAX_GATHERED_TOKENS = 65_536
@@ -98,6 +100,13 @@ class ReferenceKernels:
                 rows_of_i = slice(starts[i], starts[i] + length)
                 out[rows_of_i] = _attend_chunk(q[rows_of_i], k_cache, v_cache, plan, i, scale)
         return out.flatten(-2)
+
+    def max_of_rows(self, scores: Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        best, token_ids = scores.max(dim=-1)
+        return best.cpu().numpy(), token_ids.cpu().numpy()
+
+    def draw_of_rows(self, scores: Tensor, draws: GumbelDraws) -> NDArray[np.int64]:
+        return gumbel.draw_of_rows(scores, draws)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

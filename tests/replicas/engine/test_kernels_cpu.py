@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from replicas.engine.batch import Batch
-from replicas.engine.kernels import Kernels, select_kernels
+from replicas.engine.kernels import GumbelDraws, Kernels, select_kernels
 from replicas.engine.kernels.cpu import CpuKernels
 from replicas.engine.kernels.cpu.build import KernelsUnavailable
 from replicas.engine.kernels.cpu.library import Machine, Op, instruction_sets
@@ -301,6 +301,48 @@ def test_buffers_that_live_at_the_same_time_do_not_overlap() -> None:
         for b in born:
             if a < b and born[a] <= last_use[b] and born[b] <= last_use[a]:
                 assert abs(offsets[a] - offsets[b]) >= 64 * 4
+
+
+@every_set
+@settings(max_examples=30, deadline=None)
+@given(
+    num_rows=st.integers(1, 5),
+    vocab_size=st.integers(1, 200),
+    step=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 999),
+)
+def test_the_largest_of_each_row(instruction_set: str, num_rows: int, vocab_size: int, step: float, seed: int) -> None:
+    scores = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 2
+    scores = (scores / step).round() * step if step else scores  # many are equal
+    best, token_ids = machine(instruction_set).max_of_rows(scores)
+    expected = scores.numpy()
+    assert np.array_equal(best, expected.max(axis=1))
+    assert np.array_equal(token_ids, expected.argmax(axis=1)), "the lowest id of equals"
+    scores[num_rows - 1, seed % vocab_size] = torch.nan
+    assert np.isnan(machine(instruction_set).max_of_rows(scores)[0][-1])
+
+
+@every_set
+@settings(max_examples=20, deadline=None)
+@given(vocab_size=st.integers(1, 1000), num_rows=st.integers(1, 40), seed=st.integers(0, 2**64 - 1), data=st.data())
+def test_draws_are_the_references(
+    instruction_set: str, vocab_size: int, num_rows: int, seed: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed % 2**60)
+    scores = torch.randn(num_rows, vocab_size, generator=generator) * data.draw(st.sampled_from([0.0, 0.1, 3.0]))
+    scores[torch.rand(scores.shape, generator=generator) < 0.1] = -torch.inf
+    scores[:, seed % vocab_size] = 0.5
+    rows = np.flatnonzero(np.arange(num_rows) % data.draw(st.integers(1, 3)) == 0)
+    draws = GumbelDraws(
+        rows=rows,
+        best=scores.max(dim=1).values.numpy()[rows],
+        temperature=np.float32(data.draw(st.sampled_from([1e-3, 0.5, 1.0, 5.0]))) * np.ones(len(rows), np.float32),
+        threshold=np.float32(data.draw(st.sampled_from([-np.inf, -1.0, 0.0]))) * np.ones(len(rows), np.float32),
+        seed=np.arange(len(rows), dtype=np.uint64) + np.uint64(seed // 2),
+        position=np.arange(len(rows), dtype=np.int64) * 2**31,
+    )
+    expected = REFERENCE.draw_of_rows(scores, draws)
+    assert np.array_equal(machine(instruction_set).draw_of_rows(scores, draws), expected)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """The C++ kernels behind the `Kernels` protocol. An operation is written down in the recording that its operands belong
-to (`program.py`) and computed when the program runs; packing a weight is done at once.
+to (`program.py`) and computed when the program runs; packing and sampling are done at once.
 """
 
 from __future__ import annotations
@@ -7,10 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from replicas.engine.kernels import AttentionPlan, Forward, HeadShape, StepModel
+from replicas.engine.kernels import AttentionPlan, Forward, GumbelDraws, HeadShape, StepModel
 from replicas.engine.kernels.cpu.library import DTYPES, Kind, Machine, Op
 from replicas.engine.kernels.cpu.program import TILE, Buffer, Program
 
@@ -98,6 +100,12 @@ class CpuKernels:
             op.row_stride, op.scalar = _width(q), scale
             _recorded(out, op, [q], [k_cache, v_cache])
         return out
+
+    def max_of_rows(self, scores: Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        return self._machine.max_of_rows(scores)
+
+    def draw_of_rows(self, scores: Tensor, draws: GumbelDraws) -> NDArray[np.int64]:
+        return self._machine.draw_of_rows(scores, draws)
 
 
 def _attention_op(kind: Kind, heads: HeadShape) -> Op:

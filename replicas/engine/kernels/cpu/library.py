@@ -10,9 +10,13 @@ import enum
 import weakref
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from replicas.engine.kernels import GumbelDraws
 from replicas.engine.kernels.cpu.build import KernelsUnavailable, library_path
+from replicas.engine.philox import split_words
 
 
 class Kind(enum.IntEnum):
@@ -55,6 +59,15 @@ class Step(ctypes.Structure):
     ]
 
 
+_DRAW_ROW = np.dtype(
+    [
+        ("scores", np.uint64),
+        *[(name, np.float32) for name in ("best", "temperature", "threshold")],
+        *[(name, np.uint32) for name in ("seed_low", "seed_high", "position_low", "position_high")],
+    ],
+    align=True,
+)
+"""`millrace::DrawRow`."""
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 _ERRORS: dict[int, Exception] = {
     1: MemoryError("the CPU kernels ran out of memory"),
@@ -90,6 +103,30 @@ class Machine:
         status = self._library.millrace_pack(self._handle, weight.data_ptr(), packed.data_ptr(), *weight.shape, dtype)
         self._check(status)
 
+    def max_of_rows(self, scores: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """scores (num_rows, vocab_size) fp32 -> largest (NaN if any is) and its id, (num_rows,) each."""
+        num_rows, size = scores.shape
+        best, ids = np.empty(num_rows, np.float32), np.empty(num_rows, np.int64)
+        addresses = scores.data_ptr(), num_rows, size, best.ctypes.data, ids.ctypes.data
+        assert scores.is_contiguous(), "scores lie in one piece"
+        self._check(self._library.millrace_max_of_rows(self._handle, *addresses))
+        return best, ids
+
+    def draw_of_rows(self, scores: torch.Tensor, draws: GumbelDraws) -> NDArray[np.int64]:
+        """scores (num_rows, vocab_size) fp32 -> (num_draws,) token ids."""
+        assert scores.is_contiguous(), "scores lie in one piece"
+        size, num_draws = scores.shape[1], len(draws.rows)
+        table = np.empty(num_draws, _DRAW_ROW)
+        table["scores"] = scores.data_ptr() + draws.rows * (size * scores.element_size())
+        for name in ("best", "temperature", "threshold"):
+            table[name] = getattr(draws, name)
+        table["seed_low"], table["seed_high"] = split_words(draws.seed)
+        table["position_low"], table["position_high"] = split_words(draws.position)
+        ids = np.empty(num_draws, np.int64)
+        addresses = table.ctypes.data, num_draws, size, ids.ctypes.data
+        self._check(self._library.millrace_draw_of_rows(self._handle, *addresses))
+        return ids
+
     def _check(self, status: int) -> None:
         if status:
             raise _ERRORS[status]
@@ -108,4 +145,6 @@ def _open_library() -> ctypes.CDLL:
     library.millrace_close.argtypes, library.millrace_close.restype = [c_void_p], None
     library.millrace_run.argtypes = [c_void_p, POINTER(Op), c_int, POINTER(Step)]
     library.millrace_pack.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int]
+    library.millrace_max_of_rows.argtypes = [c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p]
+    library.millrace_draw_of_rows.argtypes = [c_void_p, c_void_p, c_int, c_int64, c_void_p]
     return library

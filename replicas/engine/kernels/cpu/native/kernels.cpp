@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "rowwise.h"
+#include "sampling.h"
 #include "step.h"
 
 namespace millrace::MILLRACE_ISA {
@@ -94,6 +95,7 @@ void pack(const void* weight, void* packed, int64_t out_features, int64_t in_fea
 }  // namespace
 
 extern const KernelTable table;
-const KernelTable table{MILLRACE_NAME(MILLRACE_ISA), num_tasks, run_task, scratch_bytes, pack};
+const KernelTable table{MILLRACE_NAME(MILLRACE_ISA), num_tasks, run_task, scratch_bytes, pack,
+                        max_of_row, draw_of_row};
 
 }  // namespace millrace::MILLRACE_ISA

@@ -138,13 +138,24 @@ class Machine {
 
   void pack(const void* weight, void* packed, int64_t out_features, int64_t in_features, Dtype dtype) {
     const int num_tiles = int((out_features + kTile - 1) / kTile);
-    pool_.run([&](int thread) {
-      pool_.phase(thread, num_tiles,
-                  [&](int tile) { table_.pack(weight, packed, out_features, in_features, dtype, tile); });
-    });
+    for_each(num_tiles, [&](int tile) { table_.pack(weight, packed, out_features, in_features, dtype, tile); });
+  }
+
+  void max_of_rows(const float* scores, int num_rows, int64_t size, float* best, int64_t* ids) {
+    for_each(num_rows, [&](int row) { table_.max_of_row(scores + row * size, size, best + row, ids + row); });
+  }
+
+  void draw_of_rows(const DrawRow* rows, int num_rows, int64_t size, int64_t* ids) {
+    for_each(num_rows, [&](int row) { ids[row] = table_.draw_of_row(rows[row], size); });
   }
 
  private:
+  template <class Task>
+  void for_each(int count, Task&& task) {
+    if (count == 1) return task(0);
+    pool_.run([&](int thread) { pool_.phase(thread, count, task); });
+  }
+
   const KernelTable& table_;
   Pool pool_;
   AttentionPlanner planner_;
@@ -196,7 +207,7 @@ void* millrace_open(const char* instruction_set, int num_threads) {
 
 void millrace_close(void* machine) { delete static_cast<Machine*>(machine); }
 
-// Both return a Status.
+// These return a Status.
 int millrace_run(void* machine, const Op* ops, int num_ops, const Step* step) {
   return guarded([&] { static_cast<Machine*>(machine)->run(ops, num_ops, *step); });
 }
@@ -205,6 +216,14 @@ int millrace_pack(void* machine, const void* weight, void* packed, int64_t out_f
                   int dtype) {
   return guarded(
       [&] { static_cast<Machine*>(machine)->pack(weight, packed, out_features, in_features, Dtype(dtype)); });
+}
+
+int millrace_max_of_rows(void* machine, const float* scores, int num_rows, int64_t size, float* best, int64_t* ids) {
+  return guarded([&] { static_cast<Machine*>(machine)->max_of_rows(scores, num_rows, size, best, ids); });
+}
+
+int millrace_draw_of_rows(void* machine, const DrawRow* rows, int num_rows, int64_t size, int64_t* ids) {
+  return guarded([&] { static_cast<Machine*>(machine)->draw_of_rows(rows, num_rows, size, ids); });
 }
 
 }  // extern "C"

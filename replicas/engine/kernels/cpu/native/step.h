@@ -79,12 +79,21 @@ inline constexpr int kMaxSplitRows = 4;    // token rows up to which the segment
 // Rows (token x query head of one K/V head) that one attention item holds at most.
 static constexpr int attention_token_rows(int group) { return group >= 48 ? 1 : 48 / group; }
 
+// One Gumbel draw from a row of scores.
+struct DrawRow {
+  const float* scores;
+  float best, temperature, threshold;
+  uint32_t seed_low, seed_high, position_low, position_high;
+};
+
 struct KernelTable {
   const char* name;
   int (*num_tasks)(const Op&, const Step&, const AttentionWork&);
   void (*run_task)(const Op&, const Step&, const AttentionWork&, int task, void* scratch);
   size_t (*scratch_bytes)(const Op&);
   void (*pack)(const void* weight, void* packed, int64_t out_features, int64_t in_features, Dtype dtype, int64_t tile);
+  void (*max_of_row)(const float* scores, int64_t size, float* best, int64_t* id);
+  int64_t (*draw_of_row)(const DrawRow& row, int64_t size);
 };
 
 }  // namespace millrace
