@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from replicas.engine.batch import Batch
+
+if TYPE_CHECKING:  # so that the kernels can be compiled without loading torch
+    import torch
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class StepModel(Protocol):
         ...
 
 
-Forward = Callable[[Batch], Tensor]
+Forward = Callable[[Batch], "Tensor"]
 """One step of one model over one cache: the logits (num_samples, vocab_size) of a batch."""
 
 
@@ -173,7 +175,7 @@ def select_kernels(
 
 
 def _cpu_kernels(dtype: torch.dtype, block_size: int, num_threads: int) -> Kernels:
-    from replicas.engine.kernels.cpu import CpuKernels
+    from replicas.engine.kernels.cpu.kernels import CpuKernels
     from replicas.engine.kernels.cpu.library import DTYPES, Machine
     from replicas.engine.kernels.cpu.program import TILE
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from replicas.engine.batch import Batch
 from replicas.engine.kernels import GumbelDraws, Kernels, select_kernels
-from replicas.engine.kernels.cpu import CpuKernels
 from replicas.engine.kernels.cpu.build import KernelsUnavailable
+from replicas.engine.kernels.cpu.kernels import CpuKernels
 from replicas.engine.kernels.cpu.library import Machine, Op, instruction_sets
 from replicas.engine.kernels.cpu.program import Buffer, Recording, step_of
 from replicas.engine.kernels.reference import ReferenceKernels

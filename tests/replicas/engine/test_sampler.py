@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from replicas.engine.batch import Penalised, SamplingColumns, StepOutput
 from replicas.engine.kernels import Kernels
-from replicas.engine.kernels.cpu import CpuKernels
+from replicas.engine.kernels.cpu.kernels import CpuKernels
 from replicas.engine.kernels.cpu.library import Machine, instruction_sets
 from replicas.engine.kernels.reference import ReferenceKernels
 from replicas.engine.philox import philox4x32

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,15 +36,17 @@ class KernelsUnavailable(ValueError):
     """The library cannot be built or used here; the message says why."""
 
 
-def library_path() -> Path:
-    """The compiled library, built if it is not there yet. Raises KernelsUnavailable."""
+def library_path(on_compile: Callable[[], None] = lambda: None) -> Path:
+    """The compiled library; if it is not there yet, it is compiled after a call of `on_compile`.
+
+    Raises KernelsUnavailable."""
     compiler = next((found for name in _COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise KernelsUnavailable("there is no C++ compiler; install g++ (Debian: apt-get install g++)")
     path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
     if not path.exists():
+        on_compile()
         started = time.perf_counter()
-        logger.info("compiling the CPU kernels, once ...")
         _compile(compiler, path)
         logger.info("compiled the CPU kernels in %.0f s: %s", time.perf_counter() - started, path)
     return path
@@ -95,8 +98,7 @@ def _cache_folder() -> Path:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        library_path()
+        library_path(lambda: print("compiling the CPU kernels, once (about 10 s) ...", flush=True))
     except KernelsUnavailable as unavailable:
-        logger.warning("%s; plain torch will do the work, several times slower", unavailable)
+        print(f"{unavailable}; until then plain torch does the work, several times slower", flush=True)
