@@ -30,8 +30,8 @@ class GpuKernels(ReferenceKernels):
             raise ValueError(
                 f"the Triton kernels need blocks of a power of two of at least 16 tokens, not {block_size}"
             )
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # Triton launches on the thread's current device
+        if device.index is not None:
+            torch.cuda.set_device(device)  # Triton launches on the thread's current device, as plain `cuda` means
 
     def compile(self, model: StepModel, kv_cache: Tensor) -> Forward:
         if kv_cache.device.type != "cuda":  # Triton's interpreter

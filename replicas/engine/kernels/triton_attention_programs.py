@@ -203,15 +203,15 @@ def varlen_kernel(
 
 
 @triton.jit
-def _split_range(seq_len, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr, WINDOW: tl.constexpr):
+def _split_range(seq_len, num_splits, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """The first token that a request's newest query reads, in whole tiles, and the tokens of one split."""
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(seq_len - WINDOW, 0) // TILE * TILE
-    return begin, tl.cdiv(tl.cdiv(seq_len - begin, NUM_SPLITS), TILE) * TILE
+    return begin, tl.cdiv(tl.cdiv(seq_len - begin, num_splits), TILE) * TILE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def split_kernel(
     out,
     means,
@@ -223,6 +223,7 @@ def split_kernel(
     seq_lens,
     sinks,
     scale,
+    num_splits,
     table_stride,
     block_stride,
     NUM_HEADS: tl.constexpr,
@@ -232,18 +233,19 @@ def split_kernel(
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Program (request, K/V head, split); a row is a query head of that K/V head. An only split writes the answer."""
+    """Program (request, K/V head, split); a row is a query head of that K/V head. With IS_WHOLE there is one split, and
+    it writes the answer."""
     request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq_len = tl.load(seq_lens + request)
-    begin, length = _split_range(seq_len, TILE, NUM_SPLITS, WINDOW)
+    begin, length = _split_range(seq_len, num_splits, TILE, WINDOW)
     start = begin + split * length
     stop = tl.minimum(start + length, seq_len)
-    if (NUM_SPLITS > 1) & (start >= stop):
+    if not IS_WHOLE and start >= stop:
         return
 
     rows, channels = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM)
@@ -277,10 +279,10 @@ def split_kernel(
     )
     total = tl.where(total > 0, total, 1.0)
     mean = acc / total[:, None]
-    if NUM_SPLITS == 1:
+    if IS_WHOLE:
         tl.store(out + q_offsets, mean.to(out.dtype.element_ty), mask=mask)
     else:
-        slot = row * NUM_SPLITS + split
+        slot = row * num_splits + split
         tl.store(means + slot[:, None] * HEAD_DIM + channels[None, :], mean, mask=mask)
         tl.store(log_sums + slot, best + tl.log2(total), mask=is_row)
 
@@ -301,7 +303,7 @@ def merge_kernel(
     request = tl.program_id(0)
     row = request.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     seq_len = tl.load(seq_lens + request)
-    begin, length = _split_range(seq_len, TILE, NUM_SPLITS, WINDOW)
+    begin, length = _split_range(seq_len, NUM_SPLITS, TILE, WINDOW)
     splits, channels = tl.arange(0, NUM_SPLITS), tl.arange(0, PADDED_DIM)
     is_used, is_channel = splits * length < seq_len - begin, channels < HEAD_DIM
     log_sum = tl.load(log_sums + row * NUM_SPLITS + splits, mask=is_used, other=HIDDEN)

@@ -126,8 +126,11 @@ def test_where_nothing_can_be_recorded_decode_goes_on_without(caplog: pytest.Log
 def test_a_cuda_device_gets_triton_and_the_reference_where_that_cannot_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert select_kernels(CUDA, torch.bfloat16, 32, 1).name == "triton"
+    assert select_kernels(torch.device("cuda:1"), torch.bfloat16, 32, 1).name == "triton"
+    assert chosen == [torch.device("cuda:1")]
     assert select_kernels(CUDA, torch.bfloat16, 32, 1, "reference").name == "reference"
     assert select_kernels(CUDA, torch.bfloat16, 8, 1).name == "reference"
     assert "at least 16 tokens, not 8" in caplog.text
