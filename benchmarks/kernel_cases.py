@@ -1,5 +1,5 @@
 """Random cases of every Triton kernel against its oracle, on any device: in Triton's interpreter by the tests, compiled
-by `benchmarks/gpu_check.py`. Needs neither pytest nor hypothesis, because the machine with the GPU has none.
+by `gpu_check.py`. Needs torch, triton and numpy alone, for a machine with a GPU may have no more.
 
 A check draws its shapes from `rng`, larger ones where `is_large`, and raises AssertionError if a value is off.
 """
