@@ -167,7 +167,7 @@ class FakeTokenizer:
         stream = self.stream(skip_special_tokens)
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self, skip_special_tokens: bool = True) -> FakeTextStream:
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> FakeTextStream:
         return FakeTextStream(skip_special_tokens)
 
     def encode_chat(self, prompt: ChatPrompt) -> list[int]:

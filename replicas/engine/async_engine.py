@@ -79,7 +79,8 @@ class AsyncEngine:
         self._refuse_if_closed()
         engine_request = await self._admissible(request)
         self._refuse_if_closed()
-        answer = Answer(self._tokenizer, engine_request, request.emitted)
+        continues_prompt = not isinstance(request.prompt, ChatPrompt)
+        answer = Answer(self._tokenizer, engine_request, request.emitted, continues_prompt)
         if answer.is_finished:
             yield answer.last_chunk()
             return

@@ -16,7 +16,7 @@ from replicas.types import Emitted
 
 
 class _Streams(Protocol):
-    def stream(self, skip_special_tokens: bool = True) -> TextStream: ...
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> TextStream: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,19 @@ class StopMatch:
 class Detokenizer:
     """For every split of a token sequence into emitted and appended ones, the released text is the same.
 
-    Of several stop strings the one that is complete first wins, then the longer one. As in vLLM, one that is complete
-    within the first `min_tokens` tokens is ordinary text.
+    The text goes on from that of `continued_token_ids`, a prompt, or stands on its own where there are none. Of several
+    stop strings the one that is complete first wins, then the longer one. As in vLLM, one that is complete within the
+    first `min_tokens` tokens is ordinary text.
     """
 
-    def __init__(self, tokenizer: _Streams, sampling: SamplingParams, emitted: Emitted) -> None:
-        self._stream = tokenizer.stream(sampling.skip_special_tokens)
+    def __init__(
+        self,
+        tokenizer: _Streams,
+        sampling: SamplingParams,
+        emitted: Emitted,
+        continued_token_ids: Sequence[int] = (),
+    ) -> None:
+        self._stream = tokenizer.stream(sampling.skip_special_tokens, continued_token_ids)
         self._stops = tuple(stop for stop in sampling.stop if stop)
         self._include_stop = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens

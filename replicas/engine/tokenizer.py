@@ -112,9 +112,10 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._text.decode(token_ids, skip_special_tokens)
 
-    def stream(self, skip_special_tokens: bool = True) -> TextStream:
-        """The same text as `decode`, token by token."""
-        return self._text.stream(skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> TextStream:
+        """The same text as `decode`, token by token; after a prompt, what `decode` shows of both beyond the prompt's
+        own text."""
+        return self._text.stream(skip_special_tokens, prompt_token_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """One token on its own, special ones included; it may hold only a part of a character."""

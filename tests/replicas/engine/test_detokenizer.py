@@ -189,6 +189,28 @@ def test_other_decoders_stream_through_a_window(data: st.DataObject, skip: bool)
     assert "".join(stream.push(i) for i in ids) + stream.flush() == text.decode(ids, skip)
 
 
+@pytest.mark.parametrize("kind", [*TOKENIZERS, "other"])
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data(), skip=st.booleans())
+def test_a_stream_goes_on_where_a_prompt_ends(kind: str, data: st.DataObject, skip: bool) -> None:
+    tokenizer = TOKENIZERS[kind]() if kind in TOKENIZERS else metaspace_tokenizer()
+    whole = st.lists(st.sampled_from(["hello", " world", " ", "  ", "ab, ", "<s>", "</s>"]), max_size=3).map("".join)
+    # The window of an unknown decoder cannot tell the half of a character from a real U+FFFD.
+    pieces = whole.map(tokenizer.encode) if kind == "other" else token_sequences(tokenizer)
+    prompt, output = data.draw(pieces), data.draw(pieces)
+    stream = tokenizer.stream(skip, prompt)
+    text = "".join(stream.push(i) for i in output) + stream.flush()
+    # Not `decode(prompt)`: a character that the prompt leaves open is completed, or given up, by the output.
+    shown = tokenizer.stream(skip)
+    assert "".join(shown.push(i) for i in prompt) + text == tokenizer.decode([*prompt, *output], skip)
+
+
+def metaspace_tokenizer() -> Tokenizer:
+    backend = read_gguf(sentencepiece_fields()).backend
+    backend.decoder = decoders.Metaspace()
+    return Tokenizer(backend, bos_token_id=1, eos_token_ids=frozenset({2}), prepend_bos=True, chat_template=None)
+
+
 def test_an_incomplete_character_waits() -> None:
     tokenizer = bundled_tokenizer()
     ids = tokenizer.encode("👩‍👧", add_special_tokens=False)
