@@ -159,7 +159,7 @@ class FakeTokenizer:
     bos_token_id: int | None = None
     has_chat_template: bool = True
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, max_num_tokens: int | None = None) -> list[int]:
         prefix = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
         return prefix + list(text.encode())
 
@@ -170,7 +170,7 @@ class FakeTokenizer:
     def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> FakeTextStream:
         return FakeTextStream(skip_special_tokens)
 
-    def encode_chat(self, prompt: ChatPrompt) -> list[int]:
+    def encode_chat(self, prompt: ChatPrompt, max_num_tokens: int | None = None) -> list[int]:
         ids: list[int] = []
         for message in prompt.messages:
             if message.get("role") not in ("system", "user", "assistant"):

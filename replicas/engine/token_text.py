@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
@@ -69,6 +70,12 @@ class TokenText:
         if known is None:
             known = self._bytes[token_id] = self._find_bytes(token_id)
         return known
+
+    @cached_property
+    def longest_token_bytes(self) -> int:
+        """Takes a tenth of a second or more the first time."""
+        num_tokens = self._backend.get_vocab_size(with_added_tokens=True)
+        return max(len(self._find_bytes(token_id)) for token_id in range(num_tokens))
 
     @property
     def _has_bytes(self) -> bool:

@@ -17,10 +17,12 @@ from replicas.engine.chat_template import ChatTemplate
 from replicas.engine.detokenizer import Detokenizer, StopMatch
 from replicas.engine.gguf_tokenizer import read_gguf
 from replicas.engine.token_text import TextStream, TokenText
-from replicas.types import ChatPrompt, InvalidRequest
+from replicas.types import ChatPrompt, InvalidRequest, PromptTooLong
 
 __all__ = ["Detokenizer", "StopMatch", "Tokenizer"]
 
+LONG_TEXT_CHARS = 8192
+"""A longer text is worth a thread: these take about 6 ms of encoding (a million: a second)."""
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -97,17 +99,19 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, max_num_tokens: int | None = None) -> list[int]:
         """Token ids. Special tokens spelled out in `text` become those tokens, as in transformers.
 
-        Raises InvalidRequest on `prompt` where the text is no valid Unicode."""
-        return self._encode(text, add_special_tokens, "prompt")
+        Raises InvalidRequest on `prompt` where the text is no valid Unicode, and PromptTooLong, without encoding it,
+        where `max_num_tokens` could never hold it; a text of fewer bytes may still have more tokens than that."""
+        return self._encode(text, add_special_tokens, max_num_tokens, "prompt")
 
-    def encode_chat(self, prompt: ChatPrompt) -> list[int]:
-        """Token ids of the rendered template, which writes its own BOS. Raises InvalidRequest on `messages`."""
+    def encode_chat(self, prompt: ChatPrompt, max_num_tokens: int | None = None) -> list[int]:
+        """Token ids of the rendered template, which writes its own BOS. Raises what `ChatTemplate.render` and `encode`
+        raise, the latter on `messages`."""
         if self._chat_template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions with a prompt", "messages")
-        return self._encode(self._chat_template.render(prompt), False, "messages")
+        return self._encode(self._chat_template.render(prompt), False, max_num_tokens, "messages")
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._text.decode(token_ids, skip_special_tokens)
@@ -121,13 +125,29 @@ class Tokenizer:
         """One token on its own, special ones included; it may hold only a part of a character."""
         return self._text.token_bytes(token_id)
 
-    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+    def _encode(self, text: str, add_special_tokens: bool, max_num_tokens: int | None, param: str) -> list[int]:
         try:
-            text.encode()
+            num_bytes = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"{param} has a lone surrogate at character {error.start}", param) from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) <= LONG_TEXT_CHARS:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            if max_num_tokens is not None:
+                self._refuse_if_too_long(num_bytes, max_num_tokens, param)
+            # Unlike `encode`, it releases the interpreter's lock, so that the steps and the loop go on.
+            (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def _refuse_if_too_long(self, num_bytes: int, max_num_tokens: int, param: str) -> None:
+        longest = self._text.longest_token_bytes
+        if num_bytes > max_num_tokens * longest:
+            raise PromptTooLong(
+                f"{param} has {num_bytes} bytes, and {max_num_tokens} tokens of at most {longest} bytes each are the "
+                "limit of this model; shorten it",
+                param,
+            )
 
 
 def _load_backend(path: Path) -> Any:

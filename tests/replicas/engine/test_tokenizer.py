@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replicas.engine.token_text import byte_alphabet
-from replicas.engine.tokenizer import Tokenizer
-from replicas.types import ChatPrompt, InvalidRequest
+from replicas.engine.tokenizer import LONG_TEXT_CHARS, Tokenizer
+from replicas.types import ChatPrompt, InvalidRequest, PromptTooLong
 
 TEXTS = [
     "",
@@ -208,6 +209,41 @@ def test_bos_and_eos_follow_the_fields() -> None:
 def test_an_unusable_field_is_named(field: str, value: object, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Tokenizer.from_gguf({**bundled_fields(), field: value})
+
+
+def test_a_long_text_is_encoded_like_its_parts() -> None:
+    tokenizer, line = bundled_tokenizer(), "one more line of text, 42 of them\n"
+    ids = tokenizer.encode(line * 1000)
+    assert len(line) * 1000 > LONG_TEXT_CHARS
+    assert ids == tokenizer.encode(line) * 1000
+    assert tokenizer.encode(line * 1000, max_num_tokens=len(ids)) == ids
+
+
+def test_encoding_a_long_text_lets_other_threads_run() -> None:
+    """With the interpreter's lock held, the gap is the whole time of encoding."""
+    text = "Some words, and 12 numbers: naïve text. " * 15_000
+    longest_gap_s, last = 0.0, time.perf_counter()
+    started = last
+    thread = threading.Thread(target=bundled_tokenizer().encode, args=(text,))
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest_gap_s, last = max(longest_gap_s, now - last), now
+    assert longest_gap_s < (last - started) / 2
+
+
+def test_what_can_never_fit_is_refused_without_encoding() -> None:
+    tokenizer = Tokenizer.from_gguf(bundled_fields())
+    longest = max(len(tokenizer.token_bytes(i)) for i in range(49_152))
+    chat = ChatPrompt(({"role": "user", "content": "x" * (200 * longest)},))
+    tokenizer._backend = None  # whoever encodes fails
+    with pytest.raises(PromptTooLong, match=rf"prompt has {200 * longest + 1} bytes, and 200 tokens") as text_error:
+        tokenizer.encode("x" * (200 * longest + 1), max_num_tokens=200)
+    assert text_error.value.param == "prompt"
+    with pytest.raises(PromptTooLong, match="messages has") as chat_error:
+        tokenizer.encode_chat(chat, max_num_tokens=200)
+    assert chat_error.value.param == "messages"
 
 
 def test_a_lone_surrogate_is_the_clients_fault() -> None:
