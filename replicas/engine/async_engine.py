@@ -132,7 +132,9 @@ class AsyncEngine:
         self._fail_streams(self._refusal)
 
     async def _admissible(self, request: GenerateRequest) -> Request:
-        """The engine's request, once it is clear that it can run."""
+        """The engine's request, once it is clear that it can run. The queue is looked at first, for to encode is work,
+        and once more at last, for others may have come meanwhile."""
+        self._check_queue(request)
         token_ids = await self._encode(request.prompt, True, self._engine.max_model_len)
         param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
         sampling = _with_defaults(request.sampling, self._engine.info.sampling_defaults)
@@ -152,10 +154,14 @@ class AsyncEngine:
             num_siblings=request.num_siblings,
         )
         try:
-            self._engine.check(engine_request, self._thread.num_arriving)
+            self._engine.check(engine_request)
         except PromptTooLong as error:
             raise PromptTooLong(error.message, param) from None
+        self._check_queue(request)
         return engine_request
+
+    def _check_queue(self, request: GenerateRequest) -> None:
+        self._engine.check_queue(self._thread.num_arriving, is_resumed=bool(request.emitted.token_ids))
 
     async def _encode(self, prompt: Prompt, add_special_tokens: bool, max_num_tokens: int | None) -> list[int]:
         if isinstance(prompt, ChatPrompt):

@@ -106,16 +106,17 @@ class Scheduler:
                 "n",
             )
 
-    def check_queue(self, num_arriving: int) -> None:
-        """Raises Overloaded when, with `num_arriving` more on their way, the waiting queue is full."""
-        if len(self._waiting) + num_arriving >= self._config.max_queued_requests:
+    def check_queue(self, num_arriving: int, is_resumed: bool) -> None:
+        """Raises Overloaded when, with `num_arriving` more on their way, the waiting queue is full. A resumed request
+        is always taken: its client is in the middle of an answer, for which it was admitted already."""
+        if not is_resumed and len(self._waiting) + num_arriving >= self._config.max_queued_requests:
             raise Overloaded(f"{self._config.max_queued_requests} requests are waiting already; try again later")
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises what `check` and `check_queue` raise; a refused request leaves no trace."""
         assert request.request_id not in self._requests, f"request {request.request_id} is here already"
         self.check(request)
-        self.check_queue(0)
+        self.check_queue(0, is_resumed=request.num_output_tokens > 0)
         request.max_num_tokens = min(request.max_num_tokens, self.max_model_len)
         assert request.finish_after_last_token() is None, f"request {request.request_id} is finished already"
         self._requests[request.request_id] = request

@@ -341,6 +341,12 @@ async def test_a_full_queue_refuses_at_once() -> None:
         assert engine.stats().num_waiting == 3
         with pytest.raises(Overloaded):
             await collect(engine, make())
+        # The prompt is not even looked at, and who is in the middle of an answer is taken all the same.
+        with pytest.raises(Overloaded):
+            await collect(engine, make(ChatPrompt(({"role": "nobody", "content": "hi"},))))
+        emitted = Emitted(tuple(b"a"), 1)
+        tasks.append(asyncio.create_task(collect(engine, make(name="resumed", emitted=emitted, max_tokens=2))))
+        await asyncio.sleep(0.01)
         gate.set()
         assert all(await asyncio.gather(*tasks))
 

@@ -88,11 +88,20 @@ def test_the_bound_counts_only_requests_that_never_ran() -> None:
     run(scheduler, scheduler.schedule())
     scheduler.add(make("c"))
     with pytest.raises(Overloaded):
-        scheduler.check_queue(0)
+        scheduler.check_queue(0, is_resumed=False)
     scheduler.abort("c")
-    scheduler.check_queue(0)
+    scheduler.check_queue(0, is_resumed=False)
     with pytest.raises(Overloaded):
-        scheduler.check_queue(1)
+        scheduler.check_queue(1, is_resumed=False)
+
+
+def test_a_resumed_request_is_taken_by_a_full_queue() -> None:
+    scheduler = make_scheduler(max_queued_requests=1)
+    scheduler.add(make("a"))
+    scheduler.add(Request("resumed", [1] * 4, SamplingParams(), emitted_token_ids=[1]))
+    assert scheduler.num_waiting == 2
+    with pytest.raises(Overloaded):
+        scheduler.add(make("b"))
 
 
 @pytest.mark.parametrize(
