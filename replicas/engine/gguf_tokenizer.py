@@ -26,10 +26,11 @@ one end."""
 @dataclass(frozen=True, slots=True)
 class GgufTokenizer:
     backend: Backend
-    bos_token_id: int | None
+    prefix: tuple[int, ...]
+    """Tokens before every text, and `suffix` those after it."""
+    suffix: tuple[int, ...]
     eos_token_ids: frozenset[int]
-    add_bos: bool
-    add_eos: bool
+    """Every token that ends an answer."""
     special_tokens: Mapping[str, str]
     """`bos_token`, `eos_token` ... as a chat template names them."""
     chat_template: str | None
@@ -49,19 +50,18 @@ def read_gguf(fields: Mapping[str, Any]) -> GgufTokenizer:
         raise ValueError(f"tokenizer.ggml.model is {model!r}; supported are 'gpt2' and 'llama'")
     _add_special_tokens(backend, tokens, types)
 
-    bos = _token_id(fields, "bos", len(tokens))
-    ends = [_token_id(fields, name, len(tokens)) for name in ("eos", "eot", "eom")]
-    by_name = {token: i for i, token in enumerate(tokens) if types[i] == _CONTROL and token in _END_OF_TURN}
+    bos, eos = _token_id(fields, "bos", len(tokens)), _token_id(fields, "eos", len(tokens))
+    ends = [_token_id(fields, name, len(tokens)) for name in ("eot", "eom")]
+    by_name = [i for i, token in enumerate(tokens) if types[i] == _CONTROL and token in _END_OF_TURN]
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: _token_id(fields, key, len(tokens)) for name, key in names.items()}
-    # llama.cpp's defaults, for files that do not say: sentencepiece and Llama 3 begin with BOS.
-    default_bos = model == "llama" or pre in ("llama3", "llama-v3", "llama-bpe")
+    has_bos = bool(fields.get("tokenizer.ggml.add_bos_token", model == "llama" or pre in _BEGINS_WITH_BOS))
+    has_eos = bool(fields.get("tokenizer.ggml.add_eos_token", False))
     return GgufTokenizer(
         backend=backend,
-        bos_token_id=bos,
-        eos_token_ids=frozenset(i for i in ends if i is not None) | frozenset(by_name.values()),
-        add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", default_bos)),
-        add_eos=bool(fields.get("tokenizer.ggml.add_eos_token", False)),
+        prefix=(bos,) if has_bos and bos is not None else (),
+        suffix=(eos,) if has_eos and eos is not None else (),
+        eos_token_ids=frozenset(i for i in (eos, *ends, *by_name) if i is not None),
         special_tokens={name: tokens[i] for name, i in ids.items() if i is not None},
         chat_template=fields.get("tokenizer.chat_template"),
     )
@@ -200,3 +200,6 @@ _SPLITS: Mapping[str, tuple[str, ...]] = {
 
 _IGNORES_MERGES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken")
 """These take a piece that is in the vocabulary as one token, even where merges do not lead to it."""
+
+_BEGINS_WITH_BOS = _IGNORES_MERGES
+"""llama.cpp's default for files that do not say; sentencepiece begins with BOS as well."""

@@ -33,21 +33,19 @@ class Tokenizer:
         self,
         backend: Backend,
         *,
-        bos_token_id: int | None,
         eos_token_ids: frozenset[int],
-        prepend_bos: bool,
-        append_eos: bool = False,
-        chat_template: ChatTemplate | None,
+        prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
+        chat_template: ChatTemplate | None = None,
     ) -> None:
+        """`prefix` and `suffix`: special tokens around a text, beside those that the backend adds itself."""
         self._backend = backend
         self._text = TokenText(backend)
-        self._prefix = [bos_token_id] if prepend_bos and bos_token_id is not None else []
-        self._suffix = [min(eos_token_ids)] if append_eos and eos_token_ids else []
+        self._prefix = tuple(prefix)
+        self._suffix = tuple(suffix)
         self._chat_template = chat_template
-        self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
         """Every token that ends an answer."""
-        self.vocab_size = int(backend.get_vocab_size(with_added_tokens=True))
 
     @staticmethod
     def from_folder(path: Path) -> Tokenizer:
@@ -70,12 +68,11 @@ class Tokenizer:
         eos_token_ids = {eos_token_id} if eos_token_id is not None else set()
         sources = _template_sources(path, config)
         # transformers prepends BOS where the flag says so, even if tokenizer.json has no rule for it.
-        adds_bos_itself = bos_token_id in backend.encode("").ids
+        lacks_bos = config.get("add_bos_token") is True and bos_token_id not in backend.encode("").ids
         return Tokenizer(
             backend,
-            bos_token_id=bos_token_id,
             eos_token_ids=frozenset(eos_token_ids | _generation_eos(path)),
-            prepend_bos=config.get("add_bos_token") is True and not adds_bos_itself,
+            prefix=(bos_token_id,) if lacks_bos and bos_token_id is not None else (),
             chat_template=ChatTemplate(sources, special_tokens) if sources else None,
         )
 
@@ -88,16 +85,11 @@ class Tokenizer:
         sources = {"default": parts.chat_template} if parts.chat_template else {}
         return Tokenizer(
             parts.backend,
-            bos_token_id=parts.bos_token_id,
             eos_token_ids=parts.eos_token_ids,
-            prepend_bos=parts.add_bos,
-            append_eos=parts.add_eos,
+            prefix=parts.prefix,
+            suffix=parts.suffix,
             chat_template=ChatTemplate(sources, parts.special_tokens) if sources else None,
         )
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat_template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True, max_num_tokens: int | None = None) -> list[int]:
         """Token ids. Special tokens spelled out in `text` become those tokens, as in transformers.

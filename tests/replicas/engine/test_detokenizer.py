@@ -59,7 +59,7 @@ def token_sequences(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
                 st.text(alphabet="ab hello你👩", max_size=6).map(
                     lambda t: tokenizer.encode(t, add_special_tokens=False)
                 ),
-                st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=4),
+                st.lists(st.integers(0, tokenizer._backend.get_vocab_size() + 3), max_size=4),
                 st.lists(st.sampled_from(byte_tokens(tokenizer)), max_size=4),
             ),
             max_size=5,
@@ -72,7 +72,7 @@ def byte_tokens(tokenizer: Tokenizer) -> list[int]:
     """Tokens whose bytes are no whole character."""
     return [
         i
-        for i in range(min(3000, tokenizer.vocab_size))
+        for i in range(min(3000, tokenizer._backend.get_vocab_size()))
         if "\ufffd" in tokenizer.token_bytes(i).decode(errors="replace")
     ]
 
@@ -208,7 +208,7 @@ def test_a_stream_goes_on_where_a_prompt_ends(kind: str, data: st.DataObject, sk
 def metaspace_tokenizer() -> Tokenizer:
     backend = read_gguf(sentencepiece_fields()).backend
     backend.decoder = decoders.Metaspace()
-    return Tokenizer(backend, bos_token_id=1, eos_token_ids=frozenset({2}), prepend_bos=True, chat_template=None)
+    return Tokenizer(backend, eos_token_ids=frozenset({2}), prefix=(1,))
 
 
 def test_an_incomplete_character_waits() -> None:
