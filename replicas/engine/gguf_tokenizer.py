@@ -18,9 +18,12 @@ from tokenizers.models import BPE
 _CONTROL, _USER_DEFINED = 3, 4
 """Values of `tokenizer.ggml.token_type`."""
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
-"""Control tokens that end an answer in their chat formats; files written before `eot_token_id` existed name only
-one end."""
+_END_OF_TURN = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"),
+    *("<|end_of_text|>", "<|endoftext|>", "<EOT>", "_<EOT>"),
+)
+"""Control tokens that end an answer, as llama.cpp has them; files written before `eot_token_id` existed name only one
+end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def test_bundled_vocabulary_builds_in_well_under_a_second() -> None:
     start = time.perf_counter()
     tokenizer = Tokenizer.from_gguf(fields)
     assert time.perf_counter() - start < 1.0
-    assert tokenizer.eos_token_ids == {2}
+    assert tokenizer.eos_token_ids == {0, 2}
 
 
 def test_import_and_use_need_neither_torch_nor_transformers() -> None:
@@ -202,6 +202,16 @@ def test_where_the_file_does_not_say_bos_is_llama_cpps_default(pre: str) -> None
     del fields["tokenizer.ggml.add_bos_token"]
     has_bos = Tokenizer.from_gguf(fields).encode("hi")[0] == 1
     assert has_bos == (pre not in ("qwen2", "smollm"))
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "<|eot_id|>"])
+def test_control_tokens_that_end_an_answer_are_known_by_name(name: str) -> None:
+    fields = bundled_fields()
+    tokens = [*fields["tokenizer.ggml.tokens"], name, "<|tool_call|>"]
+    types = [1] * len(tokens)
+    types[-2:] = [3, 3]
+    fields = {**fields, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    assert Tokenizer.from_gguf(fields).eos_token_ids == {2, len(tokens) - 2}
 
 
 @pytest.mark.parametrize(
