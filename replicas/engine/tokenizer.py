@@ -80,7 +80,7 @@ class Tokenizer:
     def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
         """From the `tokenizer.*` metadata of a GGUF file, by their full names, as plain values and lists.
 
-        Raises ValueError where a field is missing or names a tokenizer that is not supported."""
+        Raises ValueError where a field is missing, damaged or names a tokenizer that is not supported."""
         parts = read_gguf(fields)
         sources = {"default": parts.chat_template} if parts.chat_template else {}
         return Tokenizer(
@@ -199,17 +199,24 @@ def _template_sources(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     given = _read_json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(given, str):
         return {"default": given}
-    if isinstance(given, list):
+    if isinstance(given, list) and all(_is_named_template(entry) for entry in given):
         return {entry["name"]: entry["template"] for entry in given}
+    if given:
+        raise ValueError(f"{path}: chat_template is neither a text nor a list of objects with name and template")
     return {}
+
+
+def _is_named_template(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
 
 
 def _generation_eos(path: Path) -> set[int]:
     """What the model itself says ends an answer."""
     for name in ("generation_config.json", "config.json"):
-        ids = _read_json(path / name).get("eos_token_id")
-        if isinstance(ids, int):
-            return {ids}
-        if isinstance(ids, list):
+        value = _read_json(path / name).get("eos_token_id")
+        ids = value if isinstance(value, list) else [value]
+        if value is not None:
+            if not all(isinstance(token_id, int) for token_id in ids):
+                raise ValueError(f"{path / name}: eos_token_id is {value!r}, expected a token id or a list of them")
             return set(ids)
     return set()

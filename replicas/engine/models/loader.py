@@ -64,7 +64,11 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     path = resolve_source(config.source)
     if path.is_dir():
         return Tokenizer.from_folder(path)
-    return Tokenizer.from_gguf(GgufModel(path).tokenizer_fields())
+    fields = GgufModel(path).tokenizer_fields()
+    try:
+        return Tokenizer.from_gguf(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_weights(model: Transformer, checkpoint: Checkpoint) -> None:

@@ -229,6 +229,38 @@ def test_an_unusable_field_is_named(field: str, value: object, complaint: str) -
         Tokenizer.from_gguf({**bundled_fields(), field: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("ggml.model", [1], "is \\[1\\]; supported"),
+        ("ggml.tokens", 5, "is 5, expected a list"),
+        ("ggml.tokens", [1, 2], "\\[0\\] is 1"),
+        ("ggml.tokens", [], "or an empty one"),
+        ("ggml.token_type", ["3"] * 305, "\\[0\\] is '3'"),
+        ("ggml.scores", [0.5], "has 1 entries for 305 tokens"),
+        ("ggml.scores", "x", "is 'x', expected a list"),
+        ("ggml.merges", 7, "is 7, expected a list"),
+        ("ggml.merges", ["abc"], "has the entry 'abc', expected two tokens"),
+        ("ggml.merges", ["he nothing"], "tokens do not fit: .*nothing"),
+        ("ggml.eos_token_id", [1], "is \\[1\\], expected the number"),
+        ("ggml.eos_token_id", "x", "is 'x', expected the number"),
+        ("ggml.unknown_token_id", 0.5, "is 0.5, expected the number"),
+        ("ggml.add_bos_token", "yes", "is 'yes', expected true or false"),
+        ("ggml.add_space_prefix", 2, "is 2, expected true or false"),
+        ("chat_template", 5, "is 5, expected a text"),
+    ],
+)
+def test_a_damaged_field_is_named(name: str, value: object, complaint: str) -> None:
+    with pytest.raises(ValueError, match=rf"tokenizer\.{name}.*{complaint}"):
+        Tokenizer.from_gguf({**sentencepiece_fields(), f"tokenizer.{name}": value})
+
+
+@pytest.mark.parametrize("merges", [7, ["abc"], [""], [5], ["he nothing"]])
+def test_damaged_merges_of_bytes_are_named(merges: object) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.merges"):
+        Tokenizer.from_gguf({**bundled_fields(), "tokenizer.ggml.merges": merges})
+
+
 def test_a_long_text_is_encoded_like_its_parts() -> None:
     tokenizer, line = bundled_tokenizer(), "one more line of text, 42 of them\n"
     ids = tokenizer.encode(line * 1000)
@@ -315,6 +347,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(InvalidRequest, match="no chat template"):
         Tokenizer.from_folder(tmp_path).encode_chat(ChatPrompt(({"role": "user", "content": "hi"},)))
+
+
+@pytest.mark.parametrize("template", [5, [1], [{"name": "default"}], {"default": "x"}])
+def test_a_damaged_template_of_a_folder_is_named(template: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="chat_template is neither a text nor a list"):
+        Tokenizer.from_folder(write_folder(tmp_path, {"chat_template": template}))
+
+
+@pytest.mark.parametrize("value", ["x", [[1]], {"id": 1}])
+def test_a_damaged_end_of_a_folder_is_named(value: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is"):
+        Tokenizer.from_folder(write_folder(tmp_path, {}, {"eos_token_id": value}))
 
 
 @pytest.mark.slow
