@@ -145,6 +145,18 @@ def test_a_tensor_without_values_is_refused(shape: tuple[int, ...], tmp_path: Pa
         GgufFile(file)
 
 
+@pytest.mark.parametrize("divisors", [[1.0, 2.0], [1.0, 2.0, 4.0, 0.0]])
+def test_rope_divisors_that_do_not_fit_are_refused(divisors: list[float], tmp_path: Path) -> None:
+    file = _write_llama(tmp_path / "model.gguf", _small_llama(), rope_divisors=divisors)
+    with pytest.raises(ValueError, match=r"model\.gguf: tensor rope_freqs\.weight should hold 4 positive values"):
+        GgufModel(file).transformer_config()
+
+
+def test_the_shapes_are_those_of_the_tensors(tmp_path: Path) -> None:
+    model = GgufModel(_write_llama(tmp_path / "model.gguf", _small_llama(), rope_divisors=[1.0] * 4))
+    assert model.tensor_shapes() == {name: tuple(tensor.shape) for name, tensor in model.tensors(torch.float32)}
+
+
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     file = _write(tmp_path / "m.gguf", {"w": (np.zeros((2, 32), np.float32), Type.F32)}, architecture="mamba")
     with pytest.raises(ValueError, match=r"m\.gguf: architecture mamba is not supported"):
