@@ -145,7 +145,10 @@ class Scheduler:
         return scheduled
 
     def update(self, scheduled: Sequence[Scheduled], batch: Batch, output: StepOutput) -> list[RequestOutput]:
-        """Take in what a step computed: publish filled blocks, append drawn tokens, finish who is done."""
+        """Take in what a step computed: publish filled blocks, append drawn tokens, finish who is done.
+
+        Raises ValueError, with nothing changed, where the output is not of this batch: `fail` then ends them all."""
+        _check_output(batch, output)
         for item in scheduled:
             item.request.num_computed_tokens += item.num_new_tokens
             self._blocks.publish(item.request)
@@ -279,3 +282,9 @@ class Scheduler:
         if self.max_model_len < self._model_len:
             return f"the KV cache of this replica holds {self.max_model_len} tokens"
         return f"the model's context is {self.max_model_len} tokens"
+
+
+def _check_output(batch: Batch, output: StepOutput) -> None:
+    drawn, num_rows = output.token_ids, len(batch.sampled_requests)
+    if drawn.shape != (num_rows,) or drawn.dtype.kind not in "iu":
+        raise ValueError(f"the step's tokens are {drawn.dtype} of shape {drawn.shape}, expected {num_rows} integers")
