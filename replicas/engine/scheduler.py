@@ -149,9 +149,11 @@ class Scheduler:
 
         Raises ValueError, with nothing changed, where the output is not of this batch: `fail` then ends them all."""
         _check_output(batch, output)
-        for item in scheduled:
+        failed = {int(batch.sampled_requests[row]) for row in output.errors}
+        for index, item in enumerate(scheduled):
             item.request.num_computed_tokens += item.num_new_tokens
-            self._blocks.publish(item.request)
+            if index not in failed:  # what was stored for it may be as broken as its logits
+                self._blocks.publish(item.request)
         outputs = []
         for row, index in enumerate(batch.sampled_requests.tolist()):
             request = scheduled[index].request

@@ -148,6 +148,16 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(caplog: py
     assert tokens_of(drain(engine)["victim"]) == expected_tokens(b"victim", 20)
 
 
+def test_what_a_broken_row_stored_is_found_by_nobody() -> None:
+    is_broken = True
+    engine = make_engine(FakeExecutor(fail_row=lambda request_id: "its logits are NaN" if is_broken else None))
+    engine.add(make("bad", b"the very same prompt"))
+    drain(engine)
+    is_broken = False
+    engine.add(make("good", b"the very same prompt"))
+    assert drain(engine)["good"][0].num_cached_tokens == 0
+
+
 @pytest.mark.parametrize("damage", [lambda ids: ids[:-1], lambda ids: ids[:, None], lambda ids: ids * np.nan])
 def test_an_output_of_another_shape_fails_everybody_in_the_step(damage: Callable[[Any], Any]) -> None:
     """The first request would end in this step: its end must not be lost for what is wrong with the others."""
