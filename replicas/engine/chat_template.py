@@ -93,7 +93,8 @@ def _plain_message(index: int, message: Mapping[str, Any], takes_parts: bool) ->
     if content is None:
         if role != "assistant" or not (plain.get("tool_calls") or plain.get("function_call")):
             raise InvalidRequest(f"{where}.content is missing", "messages")
-        plain["content"] = None
+        # As in vLLM: templates add content to text, or go through its parts, also where there is only a call.
+        plain["content"] = [] if takes_parts else ""
     else:
         text = _content_text(content, where)
         plain["content"] = [{"type": "text", "text": text}] if takes_parts else text

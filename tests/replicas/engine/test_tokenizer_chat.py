@@ -111,6 +111,14 @@ def test_tool_calls_arrive_as_objects() -> None:
     assert '[C]w {"a": 1}[/C]' in render(STRICT, {"role": "user", "content": "x"}, answer)
 
 
+@pytest.mark.parametrize("calls", ["tool_calls", "function_call"])
+def test_a_call_without_content_reads_as_empty_content(calls: str) -> None:
+    call: Any = [{"type": "function", "function": {"name": "w", "arguments": "{}"}}]
+    answer = {"role": "assistant", "content": None, calls: call if calls == "tool_calls" else call[0]["function"]}
+    assert render("{% for m in messages %}<{{ m.content + '' }}>{% endfor %}", answer) == "<>"
+    assert render(PARTS, {"role": "user", "content": "a"}, answer) == "a|"
+
+
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
