@@ -20,9 +20,10 @@ from replicas.engine.sampling_params import MAX_LOGPROBS
 
 NOT_FINITE = "the model's logits are not finite, or every token is banned: no token can be drawn"
 
-_NUM_CANDIDATES = 256
-_MAX_CANDIDATES = 1024
-"""Rows with a larger top-k sort their whole vocabulary."""
+_NUM_CANDIDATES = 256 + 1
+_MAX_CANDIDATES = 1024 + 1
+"""The largest top-k that they decide, and one more: what ties with the last candidate may be missing. Rows with a
+larger top-k sort their whole vocabulary."""
 _CHUNK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
 """Elements of (rows, vocab) that one pass over the whole vocabulary touches: about the CPU's cache, the GPU's spare."""
 
@@ -77,7 +78,7 @@ class Sampler:
         """Draw by the likeliest few hundred tokens where they decide, else by the whole sorted row. -1: the filters of
         the row keep too much to be worth a sort, it has only a min-p threshold."""
         widest = int(draws.top_k[rows].max())
-        width = min(self._vocab_size, _NUM_CANDIDATES if widest <= _NUM_CANDIDATES else _MAX_CANDIDATES)
+        width = min(self._vocab_size, _NUM_CANDIDATES if widest < _NUM_CANDIDATES else _MAX_CANDIDATES)
         totals = self._totals(scaled, draws, rows)
         candidates = _Candidates.of(*_rows_of(scaled, rows).topk(width, dim=-1), is_whole=width == self._vocab_size)
         num_kept = candidates.num_kept(draws, rows, totals)

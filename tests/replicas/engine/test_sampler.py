@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from replicas.engine.batch import Penalised, SamplingColumns, StepOutput
 from replicas.engine.philox import philox4x32
-from replicas.engine.sampler import Sampler
+from replicas.engine.sampler import Sampler, _Candidates
 
 CPU = torch.device("cpu")
 
@@ -148,6 +148,17 @@ def test_agrees_with_the_oracle(rows: list[Row], seed: int, step: float) -> None
     output = sample(logits, rows)
     assert not output.errors
     assert output.token_ids.tolist() == [token_of_oracle(x.numpy(), row) for x, row in zip(logits, rows, strict=True)]
+
+
+@pytest.mark.parametrize("top_k", [256, 1024])
+def test_round_numbers_of_top_k_need_no_sort(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, row = random_logits(1, 3000, seed=1), Row(top_k=top_k, temperature=3.0)
+
+    def sort(*arguments: object) -> None:
+        raise AssertionError("the whole vocabulary is sorted")
+
+    monkeypatch.setattr(_Candidates, "of_whole_row", sort)
+    assert sample(logits, [row]).token_ids[0] == token_of_oracle(logits[0].numpy(), row)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
