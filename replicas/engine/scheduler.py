@@ -98,13 +98,7 @@ class Scheduler:
                 f"{self._limit_text()}; ask for at most {limit - num_prompt}",
                 "max_tokens",
             )
-        num_needed = request.num_siblings * self._blocks.num_blocks_for(num_prompt + max_tokens)
-        if request.num_siblings > 1 and num_needed > self._blocks.num_blocks:
-            raise InvalidRequest(
-                f"n = {request.num_siblings} answers of {num_prompt} + {max_tokens} tokens each need {num_needed} "
-                f"blocks of the KV cache, which has {self._blocks.num_blocks}; lower n or max_tokens",
-                "n",
-            )
+        self._check_siblings(request, max_tokens)
 
     def check_queue(self, num_arriving: int, is_resumed: bool) -> None:
         """Raises Overloaded when, with `num_arriving` more on their way, the waiting queue is full. A resumed request
@@ -279,6 +273,19 @@ class Scheduler:
         self._running.remove(request)
         self._blocks.free(request)
         request.num_computed_tokens = 0
+
+    def _check_siblings(self, request: Request, max_tokens: int) -> None:
+        """Refuse more answers than the KV cache holds side by side, the full blocks of their prompt counted once."""
+        num_prompt, num_answers = request.num_prompt_tokens, request.num_siblings
+        num_shared = self._blocks.num_shareable_blocks(num_prompt)
+        num_own = self._blocks.num_blocks_for(num_prompt + max_tokens) - num_shared
+        num_needed = num_shared + num_answers * num_own
+        if num_answers > 1 and num_needed > self._blocks.num_blocks:
+            raise InvalidRequest(
+                f"n = {num_answers} answers of {num_prompt} + {max_tokens} tokens each need {num_needed} "
+                f"blocks of the KV cache, which has {self._blocks.num_blocks}; lower n or max_tokens",
+                "n",
+            )
 
     def _limit_text(self) -> str:
         if self.max_model_len < self._model_len:

@@ -131,6 +131,19 @@ def test_what_just_fits_is_taken() -> None:
     assert scheduler.num_waiting == 3
 
 
+@pytest.mark.parametrize(("num_blocks", "fits"), [(16, True), (15, False)])
+def test_the_prompt_that_siblings_share_is_counted_once(num_blocks: int, fits: bool) -> None:
+    blocks = BlockManager(num_blocks, BLOCK_SIZE)
+    scheduler = Scheduler(SchedulerConfig(), blocks, 64)
+    # 17 + 7 tokens: four full blocks of the prompt are common, two blocks are each answer's own.
+    siblings = Request("siblings", [1] * 17, SamplingParams(max_tokens=7), num_siblings=6)
+    if fits:
+        scheduler.check(siblings)
+    else:
+        with pytest.raises(InvalidRequest, match="need 16 blocks of the KV cache, which has 15"):
+            scheduler.check(siblings)
+
+
 def test_a_cache_smaller_than_the_context_is_the_limit() -> None:
     scheduler = make_scheduler(num_blocks=4, max_model_len=1000)
     assert scheduler.max_model_len == 16
