@@ -155,9 +155,7 @@ class FakeTokenizer:
     """One token per byte of UTF-8, and a few special tokens."""
 
     eos_token_ids: frozenset[int] = frozenset({EOS})
-    vocab_size: int = FAKE_VOCAB_SIZE
     bos_token_id: int | None = None
-    has_chat_template: bool = True
 
     def encode(self, text: str, add_special_tokens: bool = True, max_num_tokens: int | None = None) -> list[int]:
         prefix = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []

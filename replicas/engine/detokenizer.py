@@ -47,7 +47,7 @@ class Detokenizer:
         self._include_stop = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens
         self._num_tokens = 0
-        # All text so far is: released (num_chars) + ready + held + what the stream still keeps.
+        # All text so far is: released + ready + held + what the stream still keeps.
         self._ready = ""
         self._held = ""
         self._is_flushed = False
@@ -55,14 +55,8 @@ class Detokenizer:
         replayed = self.append(emitted.token_ids)
         if replayed is not None:
             self.match = StopMatch(replayed.stop, 0)
-        self._num_chars = emitted.num_chars
         self._num_known = emitted.num_chars
         """Characters at the front of the ready text that the client already holds: they are not released again."""
-
-    @property
-    def num_chars(self) -> int:
-        """Characters of the answer the client holds once it has all that `take` returned."""
-        return self._num_chars
 
     def append(self, token_ids: Sequence[int]) -> StopMatch | None:
         """Take in more tokens; the match if a stop string is complete. Later tokens are then ignored."""
@@ -86,7 +80,6 @@ class Detokenizer:
         text = self._ready[self._num_known :]
         self._num_known = max(0, self._num_known - len(self._ready))
         self._ready = ""
-        self._num_chars += len(text)
         return text
 
     def _read(self, text: str) -> str | None:

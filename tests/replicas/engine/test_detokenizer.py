@@ -87,7 +87,6 @@ def release(
         match = detokenizer.append(chunk)
         num_tokens += match.num_tokens if match else len(chunk)
         text += detokenizer.take(finished=match is not None)
-        assert detokenizer.num_chars == len(text)
         if match:
             break
     text += detokenizer.take(finished=True)
@@ -149,7 +148,6 @@ def test_another_replica_goes_on_without_a_seam(
     released = "" if is_coalesced else first.take(finished=False)
 
     second = Detokenizer(tokenizer, sampling, Emitted(tuple(emitted_ids), len(released)))
-    assert second.num_chars == len(released)
     for token in rest:
         if second.append([token]) is not None:
             break
@@ -272,4 +270,3 @@ def test_a_replayed_answer_that_is_over_stays_over() -> None:
     detokenizer = Detokenizer(tokenizer, SamplingParams(stop=("two",)), Emitted(tuple(ids), 2))
     assert detokenizer.match == StopMatch("two", 0)
     assert detokenizer.take(finished=True) == "e "
-    assert detokenizer.num_chars == 4
