@@ -272,9 +272,9 @@ def test_a_long_text_is_encoded_like_its_parts() -> None:
 def test_encoding_a_long_text_lets_other_threads_run() -> None:
     """With the interpreter's lock held, the gap is the whole time of encoding."""
     text = "Some words, and 12 numbers: naïve text. " * 15_000
+    thread = threading.Thread(target=bundled_tokenizer().encode, args=(text,))
     longest_gap_s, last = 0.0, time.perf_counter()
     started = last
-    thread = threading.Thread(target=bundled_tokenizer().encode, args=(text,))
     thread.start()
     while thread.is_alive():
         time.sleep(0.001)
