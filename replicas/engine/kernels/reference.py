@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from replicas.engine.kernels import AttentionPlan, Forward, GumbelDraws, HeadShape, StepModel, gumbel
+from replicas.engine.kernels import AttentionPlan, Forward, GumbelDraws, HeadShape, StepModel, TopOfRows, gumbel
 from replicas.engine.kernels.eager import EagerForward
 
 MAX_GATHERED_TOKENS = 65_536
@@ -107,6 +107,9 @@ class ReferenceKernels:
 
     def draw_of_rows(self, scores: Tensor, draws: GumbelDraws) -> NDArray[np.int64]:
         return gumbel.draw_of_rows(scores, draws)
+
+    def top_of_rows(self, scores: Tensor, draws: GumbelDraws, width: int) -> TopOfRows:
+        return gumbel.top_of_rows(scores, draws, width)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

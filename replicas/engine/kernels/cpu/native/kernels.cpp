@@ -96,6 +96,6 @@ void pack(const void* weight, void* packed, int64_t out_features, int64_t in_fea
 
 extern const KernelTable table;
 const KernelTable table{MILLRACE_NAME(MILLRACE_ISA), num_tasks, run_task, scratch_bytes, pack,
-                        max_of_row, draw_of_row};
+                        max_of_row, draw_of_row, top_scratch_bytes, top_of_row};
 
 }  // namespace millrace::MILLRACE_ISA

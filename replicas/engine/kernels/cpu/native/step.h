@@ -79,7 +79,7 @@ inline constexpr int kMaxSplitRows = 4;    // token rows up to which the segment
 // Rows (token x query head of one K/V head) that one attention item holds at most.
 static constexpr int attention_token_rows(int group) { return group >= 48 ? 1 : 48 / group; }
 
-// One Gumbel draw from a row of scores.
+// A row of scores from which one token is to be drawn.
 struct DrawRow {
   const float* scores;
   float best, temperature, threshold;
@@ -94,6 +94,9 @@ struct KernelTable {
   void (*pack)(const void* weight, void* packed, int64_t out_features, int64_t in_features, Dtype dtype, int64_t tile);
   void (*max_of_row)(const float* scores, int64_t size, float* best, int64_t* id);
   int64_t (*draw_of_row)(const DrawRow& row, int64_t size);
+  size_t (*top_scratch_bytes)(int64_t size);
+  void (*top_of_row)(const DrawRow& row, int64_t size, int64_t width, float* values, int64_t* ids, double* total,
+                     void* scratch);
 };
 
 }  // namespace millrace
