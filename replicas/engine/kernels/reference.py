@@ -1,7 +1,7 @@
 """The kernels in plain torch: correct on every device and dtype, and the oracle of every faster set.
 
 It knows tensors and the step's shape, no layer and no request. Two rules keep one request out of another's numbers:
-a row reads no page but its own, and the runner keeps the unwritten rest of a held page zero, so a mask never meets a
+a row reads no page but its own, and `eager.py` keeps the unwritten rest of a held page zero, so a mask never meets a
 foreign NaN (-inf + NaN and 0 * NaN are NaN).
 """
 

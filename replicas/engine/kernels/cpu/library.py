@@ -32,6 +32,7 @@ class Kind(enum.IntEnum):
     ATTENTION = 7
     MERGE_ATTENTION = 8
     TAKE_ROWS = 9
+    CLEAR_FRESH_TAILS = 10
 
 
 class Op(ctypes.Structure):

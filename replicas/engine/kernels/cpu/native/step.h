@@ -17,6 +17,7 @@ enum class Kind : int32_t {
   attention,
   merge_attention,
   take_rows,
+  clear_fresh_tails,
 };
 
 enum class Dtype : int32_t { bf16, fp32 };
@@ -27,13 +28,13 @@ struct Op {
   Dtype dtype;
   int32_t is_sampled;   // rows are the sampled ones, not all tokens
   int32_t in0, in1, out0, out1;
-  int32_t in_features;  // width of in0 that is read
-  int32_t out_features;
+  int32_t in_features;  // width of in0 that is read; embed: size of the vocabulary; clear: blocks of the cache
+  int32_t out_features; // clear: layers of the cache
   int32_t num_heads, num_kv_heads, head_dim, rotary_dim;
   int32_t row_stride;   // elements from row to row of the queries
   int32_t is_fp32_out;  // linear: logits
   float scalar;         // norm: epsilon; angles: factor; attention: scale
-  const void* weight;   // packed matrix, norm weight, embedding table, inverse frequencies or K cache
+  const void* weight;   // packed matrix, norm weight, embedding table, inverse frequencies, K cache or all of the cache
   const void* extra;    // bias or V cache
 };
 
