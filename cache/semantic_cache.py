@@ -324,7 +324,7 @@ class SemanticCache:
 
     def _is_read_whole(self, text: str) -> bool:
         """By the embedder and by the gate."""
-        return len(text) <= MAX_CHARS and self._embedder.fits(text)
+        return len(text) <= MAX_CHARS and self._embedder.count_tokens([text])[0] <= self._embedder.max_tokens
 
     def _insert(self, entry: Entry) -> None:
         self._doomed.pop(entry.key, None)

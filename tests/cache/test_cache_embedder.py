@@ -16,7 +16,7 @@ import torch
 from cache.bert import BertEncoder
 from cache.embedder import BUNDLED, Embedder, EmbedderConfig, EmbedderError, MicroBatcher, _find_folder
 from replicas.types import EngineError, Overloaded
-from tests.cache.cache_fakes import WordEmbedder
+from tests.cache.cache_fakes import WordEmbedder, eventually
 
 TEXTS = [
     "How do I reset my password?",
@@ -69,7 +69,7 @@ def test_texts_beyond_the_window_are_told(embedder: Embedder) -> None:
     vectors, counts, truncated = embedder.embed([fits, cut, cut + "another end"])
     assert counts == [256, 256, 256]
     assert truncated == [False, True, True]
-    assert [embedder.fits(text) for text in (fits, cut)] == [True, False]
+    assert embedder.count_tokens([fits, cut, cut * 10, ""]) == [256, 257, 2552, 2]
     assert vectors[1] @ vectors[2] > 0.999  # why they must not be compared
 
 
@@ -80,7 +80,7 @@ def test_a_folder_in_sentence_transformers_format_is_read(embedder: Embedder, tm
     (copy / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8}))
     other = Embedder(EmbedderConfig(model=str(copy), dtype="float32", num_threads=1))
     assert other.max_tokens == 8
-    assert not other.fits(TEXTS[4])
+    assert other.embed([TEXTS[4]])[1:] == ([8], [True])
     assert other.embed(["x"])[0][0] @ embedder.embed(["x"])[0][0] < 0.999
     (copy / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(EmbedderError, match="max_tokens"):
@@ -101,7 +101,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 async def test_concurrent_callers_share_forwards() -> None:
     embedder = WordEmbedder()
     embedder.delay_s = 0.02
-    batcher = MicroBatcher(embedder, max_batch_size=16)
+    batcher = MicroBatcher(embedder, max_forward_tokens=64)
     results = await asyncio.gather(*(batcher.embed(f"text {i}") for i in range(40)))
     expected = WordEmbedder().embed([f"text {i}" for i in range(40)])[0]
     for i, result in enumerate(results):
@@ -113,7 +113,7 @@ async def test_concurrent_callers_share_forwards() -> None:
 async def test_lookups_go_before_bulk_work_and_off_the_loop() -> None:
     embedder = WordEmbedder()
     embedder.delay_s = 0.02
-    batcher = MicroBatcher(embedder, max_batch_size=4)
+    batcher = MicroBatcher(embedder, max_forward_tokens=8)
     bulk = asyncio.create_task(batcher.embed_many([f"bulk {i}" for i in range(40)]))
     await asyncio.sleep(0.005)
     start_s = time.monotonic()
@@ -123,6 +123,20 @@ async def test_lookups_go_before_bulk_work_and_off_the_loop() -> None:
     assert len(await bulk) == 40
     await batcher.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("embedder")]
+
+
+async def test_lookups_share_no_forward_with_bulk_work_and_wait_for_one_at_most() -> None:
+    embedder = WordEmbedder(max_words=256)
+    embedder.delay_s = 0.01
+    batcher = MicroBatcher(embedder, max_forward_tokens=256)
+    bulk = asyncio.create_task(batcher.embed_many(["bulk " * 128] * 20))
+    await eventually(lambda: len(embedder.batches) >= 2)
+    num_before = len(embedder.batches)
+    await asyncio.gather(*(batcher.embed(f"lookup {i}") for i in range(5)))
+    assert [f"lookup {i}" for i in range(5)] in embedder.batches[num_before : num_before + 2]
+    assert len(await bulk) == 20
+    assert {len(batch) for batch in embedder.batches if batch[0].startswith("bulk")} == {2}
+    await batcher.close()
 
 
 async def test_one_failing_batch_is_one_failing_batch() -> None:

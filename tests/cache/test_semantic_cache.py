@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from cache.index import VectorIndex
 from cache.semantic_cache import CacheSettings, SemanticCache
 from cache.store import RedisStore, SqliteStore, Store
 from cache.types import CachedAnswer, CacheHit, CacheMiss, CacheQuery, LookupResult
-from tests.cache.cache_fakes import Clock, RedisServer, WordEmbedder
+from tests.cache.cache_fakes import Clock, RedisServer, WordEmbedder, eventually
 
 
 def ask(text: str | None, partition: str = "p", **options: Any) -> CacheQuery:
@@ -300,16 +299,6 @@ async def test_randomised_crowd_keeps_its_books(tmp_path: Path, clock: Clock) ->
         await cache.tidy()
         assert (cache.stats().num_entries, cache.stats().num_bytes) == (0, 0)
         assert (len(cache._touched), len(cache._doomed)) == (0, 0)
-
-
-async def eventually(holds: Callable[[], bool | Awaitable[bool]], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    for _ in itertools.count():
-        result = holds()
-        if result if isinstance(result, bool) else await result:
-            return
-        assert time.monotonic() < deadline_s, "it never came to hold"
-        await asyncio.sleep(0.01)
 
 
 async def test_redis_replicas_see_one_anothers_entries(redis_server: RedisServer) -> None:
