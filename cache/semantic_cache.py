@@ -159,7 +159,7 @@ class SemanticCache:
             self._flights.abandon(miss.flight)
 
     async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
-        """L2-normalised embeddings and the number of tokens read. Raises `Overloaded` or `EngineError`."""
+        """L2-normalised embeddings and the number of tokens. Raises `PromptTooLong`, `Overloaded` or `EngineError`."""
         embedded = await self._batcher.embed_many(texts)
         return [_to_floats(one) for one in embedded], sum(one.num_tokens for one in embedded)
 

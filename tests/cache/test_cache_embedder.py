@@ -16,7 +16,7 @@ import torch
 
 from cache.bert import BertEncoder
 from cache.embedder import BUNDLED, Embedder, EmbedderConfig, EmbedderError, MicroBatcher, _find_folder
-from replicas.types import EngineError, Overloaded
+from replicas.types import EngineError, Overloaded, PromptTooLong
 from tests.cache.cache_fakes import WordEmbedder, eventually
 
 TEXTS = [
@@ -179,6 +179,17 @@ async def test_bulk_callers_take_turns() -> None:
     assert len(embedder.batches) < 30
     assert not large.done()
     assert len(await large) == 400
+    await batcher.close()
+
+
+async def test_a_text_beyond_the_window_is_refused_in_bulk_and_cut_for_a_lookup() -> None:
+    embedder = WordEmbedder(max_words=4)
+    batcher = MicroBatcher(embedder)
+    with pytest.raises(PromptTooLong, match=r"4 tokens, but 'input\.1' has 5") as caught:
+        await batcher.embed_many(["a b c d", "a b c d e"])
+    assert caught.value.param == "input.1"
+    assert embedder.num_texts == 0
+    assert (await batcher.embed("a b c d e")).is_truncated
     await batcher.close()
 
 
