@@ -33,9 +33,9 @@ async def running(
     store: Store, clock: Callable[[], float], embedder: WordEmbedder | None = None, **settings: Any
 ) -> AsyncIterator[SemanticCache]:
     embedder = WordEmbedder() if embedder is None else embedder
-    cache = SemanticCache(
-        store, embedder, VectorIndex(embedder.dim), ThresholdDecision(0.8), CacheSettings(**settings), clock
-    )
+    # On a busy machine too, a lookup waits for its embedding.
+    patient = CacheSettings(**{"embedding_timeout_s": 10.0, **settings})
+    cache = SemanticCache(store, embedder, VectorIndex(embedder.dim), ThresholdDecision(0.8), patient, clock)
     await cache.start()
     try:
         yield cache
@@ -223,6 +223,24 @@ async def test_a_failing_embedder_makes_misses(store: SqliteStore, clock: Clock)
         assert (await misses(cache, ask("a question indeed"))).embedding is None
         embedder.fails = False
         assert (await misses(cache, ask("a question indeed"))).embedding is not None
+
+
+async def test_a_slow_embedder_makes_misses_in_time(store: SqliteStore, clock: Clock) -> None:
+    embedder = WordEmbedder()
+    async with running(store, clock, embedder, embedding_timeout_s=0.05) as cache:
+        await fill(cache, ask("a question"))
+        embedder.delay_s = 1.0
+        start_s = time.monotonic()
+        lookups = [asyncio.create_task(cache.lookup(ask("a question indeed"))) for _ in range(3)]
+        first = await lookups[0]
+        assert time.monotonic() - start_s < 0.9
+        assert isinstance(first, CacheMiss)
+        assert first.flight is not None
+        assert first.embedding is None
+        assert cache.stats().counts["embedder-slow"] >= 1
+        await cache.store(ask("a question indeed"), first, answer())
+        assert all(hit(result).kind == "hit-exact" for result in await asyncio.gather(*lookups[1:]))
+        assert (cache.stats().num_flights, cache.stats().num_waiters) == (0, 0)
 
 
 async def test_a_store_outlives_its_caller(store: SqliteStore, clock: Clock) -> None:
