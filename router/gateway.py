@@ -6,8 +6,10 @@ Knows no HTTP (`app.py`) and no Ray (`server.py`): its neighbours are the two pr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -72,6 +74,11 @@ class Cache(Protocol):
         """The answer will not come (error, cancel, not storable): let the next waiter lead."""
         ...
 
+    def awaiting(self, miss: CacheMiss) -> AbstractContextManager[None]:
+        """While entered, a chunk of the answer is waited for, and the flight kept however long that takes. A flight
+        whose answer waits for its client instead is lost to the next waiter when its lease runs out."""
+        ...
+
     async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
         """L2-normalised embeddings, and the number of tokens read."""
         ...
@@ -123,7 +130,8 @@ class Gateway:
             return self._replay(lookup.result)
         try:
             route = self._chooser.choose(question, lookup.embedding)
-            model, first, rest = await self._open(question, route)
+            with self._awaiting(lookup):
+                model, first, rest = await self._open(question, route)
         except BaseException:
             self._abandon(lookup)
             raise
@@ -138,6 +146,7 @@ class Gateway:
             num_siblings=question.num_siblings,
             price=self.catalog.resolve(model).price,
             clock=self._clock,
+            awaiting=lambda: self._awaiting(lookup),
             on_end=lambda answer: self._settle(answer, lookup),
         )
 
@@ -193,6 +202,7 @@ class Gateway:
             num_siblings=1,
             price=None,
             clock=self._clock,
+            awaiting=contextlib.nullcontext,
             on_end=lambda answer: None,
         )
 
@@ -258,6 +268,11 @@ class Gateway:
             last.text, model, usage.num_prompt_tokens, usage.num_completion_tokens, cost_usd, last.stop_reason
         )
         self._in_background(self._cache.store(query, miss, cached))
+
+    def _awaiting(self, lookup: _Lookup) -> AbstractContextManager[None]:
+        if self._cache is None or not isinstance(lookup.result, CacheMiss):
+            return contextlib.nullcontext()
+        return self._cache.awaiting(lookup.result)
 
     def _abandon(self, lookup: _Lookup) -> None:
         if self._cache is not None and isinstance(lookup.result, CacheMiss) and lookup.result.flight is not None:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -44,8 +44,8 @@ logger = logging.getLogger("ray.serve")
 STATS_PERIOD_S = 1.0
 MAX_READING_AGE_S = 60.0
 CALL_TIMEOUT_S = 30.0
-LOOKUP_TIMEOUT_S = 600.0
-"""A lookup may wait for an identical request in flight: as long as an answer takes."""
+LOOKUP_TIMEOUT_S = 120.0
+"""A lookup may wait for an identical request in flight: as long as a long answer takes. Then its asker goes alone."""
 RENEWAL_PERIOD_S = FLIGHT_LEASE_S / 3
 UPDATE_TIMEOUT_S = 2.0
 
@@ -247,7 +247,8 @@ class CacheClient:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._deployment: Deployment[Any] = Deployment("the semantic cache", handle)
         self._handle = handle
-        self._flights: set[str] = set()  # led by answers of this gateway
+        self._awaited: set[str] = set()  # flights whose answer's next chunk is awaited now
+        self._moved: set[str] = set()  # flights whose answer was awaited at some time since the last renewal
         self._loops: list[asyncio.Task[None]] = []
         self._unclaimed: set[asyncio.Task[None]] = set()
 
@@ -265,10 +266,7 @@ class CacheClient:
             return CacheMiss()
         call = asyncio.ensure_future(self._deployment.result(self._handle.lookup.remote(query), LOOKUP_TIMEOUT_S))
         try:
-            result: LookupResult = await asyncio.shield(call)
-            if isinstance(result, CacheMiss) and result.flight is not None:
-                self._flights.add(result.flight)
-            return result
+            return await asyncio.shield(call)
         except asyncio.CancelledError:
             self._give_back(call)
             raise
@@ -277,13 +275,23 @@ class CacheClient:
             return CacheMiss()
 
     async def store(self, query: CacheQuery, miss: CacheMiss, answer: CachedAnswer) -> None:
-        self._flights.discard(miss.flight or "")
         await self._tell(self._handle.store.remote(query, miss, answer))
 
     async def abandon(self, miss: CacheMiss) -> None:
         if miss.flight is not None:
-            self._flights.discard(miss.flight)
             await self._tell(self._handle.abandon.remote(miss))
+
+    @contextlib.contextmanager
+    def awaiting(self, miss: CacheMiss) -> Iterator[None]:
+        if miss.flight is None:
+            yield
+            return
+        self._awaited.add(miss.flight)
+        try:
+            yield
+        finally:
+            self._awaited.discard(miss.flight)
+            self._moved.add(miss.flight)
 
     async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
         call = self._handle.embed.remote(tuple(texts))
@@ -299,8 +307,10 @@ class CacheClient:
     async def _renew_forever(self) -> None:
         while True:
             await asyncio.sleep(RENEWAL_PERIOD_S)
-            if self._flights and self._deployment.readings():
-                await self._tell(self._handle.renew.remote(tuple(self._flights)))
+            flights = self._awaited | self._moved
+            self._moved.clear()
+            if flights and self._deployment.readings():
+                await self._tell(self._handle.renew.remote(tuple(flights)))
 
     def _give_back(self, call: asyncio.Future[LookupResult]) -> None:
         """The asker has left, but the lookup may still bring it the lead of a flight that others wait for."""

@@ -7,6 +7,7 @@ resumed on another replica continues as if nothing had happened.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -211,6 +212,9 @@ class FakeCache:
     async def abandon(self, miss: CacheMiss) -> None:
         await asyncio.sleep(0)
         self.flights.remove(str(miss.flight))
+
+    def awaiting(self, miss: CacheMiss) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
         return [(0.6, 0.8 if len(text) % 2 else -0.8, 0.0) for text in texts], sum(map(len, texts))
