@@ -131,14 +131,18 @@ class Gateway:
         try:
             route = self._chooser.choose(question, lookup.embedding)
             with self._awaiting(lookup):
-                model, first, rest = await self._open(question, route)
+                opened = await self._open(question, route)
         except BaseException:
             self._abandon(lookup)
             raise
+        if opened.is_substitute:  # its answer must not stand under the other model's name, and nobody waits for it
+            self._abandon(lookup)
+            lookup = _Lookup(lookup.outcome)
+        model = opened.model
         return Answer(
             self._decision(question, route, model, lookup.outcome),
-            first,
-            rest,
+            opened.first,
+            opened.rest,
             choices=[
                 Choice(self.metrics.clock_answer(model, asked_s), keeps_text=lookup.query is not None)
                 for _ in question.requests
@@ -208,12 +212,12 @@ class Gateway:
 
     # stream
 
-    async def _open(self, question: Question, route: Route) -> tuple[str, IndexedChunk, AsyncIterator[IndexedChunk]]:
+    async def _open(self, question: Question, route: Route) -> _Opened:
         """The first model of the route that brings a first chunk; once one has, the request stays with it."""
         refusals: list[MillraceError] = []
         models = (route.model, *route.fallbacks)
-        for model in models:
-            is_last = model == models[-1]
+        for num_passed, model in enumerate(models):
+            is_last = num_passed == len(models) - 1
             if not is_last and not self.backend.stats(model):
                 refusals.append(ReplicaUnavailable(f"No replica of {model!r} is running."))
                 continue
@@ -222,7 +226,7 @@ class Gateway:
             try:
                 first = await anext(stream)
                 trial.may_fall_back = False
-                return model, first, stream
+                return _Opened(model, first, stream, is_substitute=route.is_substitute or num_passed > 0)
             except (ReplicaUnavailable, Overloaded, PromptTooLong) as error:
                 refusals.append(error)
         # one that may pass is worth more to the client than a prompt too long for a fallback
@@ -283,6 +287,17 @@ class Gateway:
         task = asyncio.get_running_loop().create_task(_logged(work))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An answer that has begun."""
+
+    model: str
+    first: IndexedChunk
+    rest: AsyncIterator[IndexedChunk]
+    is_substitute: bool
+    """Another model than the one that would answer this question on a good day."""
 
 
 @dataclass(slots=True)

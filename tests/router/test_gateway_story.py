@@ -132,6 +132,42 @@ async def test_a_named_model_falls_back_only_where_the_catalogue_says_so() -> No
     assert (reply.headers["x-millrace-model"], reply.headers["x-millrace-route-reason"]) == ("large", "fallback")
 
 
+@pytest.mark.parametrize(
+    "policy", [None, FixedPolicy("small", ("large",))], ids=["cheapest capable model is down", "fixed model is down"]
+)
+@pytest.mark.parametrize("model", ["small", "auto"])
+@pytest.mark.parametrize("stats_lie", [False, True])
+async def test_the_answer_of_a_substitute_is_not_cached(
+    model: str, policy: FixedPolicy | None, stats_lie: bool
+) -> None:
+    class Backend(FakeBackend):
+        def stats(self, model: str):  # type: ignore[no-untyped-def, override]
+            return FakeBackend().stats(model) if stats_lie else super().stats(model)
+
+    models = (replace(MODELS[0], fallbacks=("large",)), MODELS[1])
+    h = harness(models=models, policy=policy, backend=Backend(down={"small"}))
+    reply = await ask(h, chat(model=model, temperature=0))
+    assert reply.headers["x-millrace-model"] == "large"
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    assert (h.cache.answers, h.cache.flights) == ({}, set())
+    h.backend.down.clear()
+    for outcome in ("miss", "hit-exact"):
+        again = await ask(h, chat(model=model, temperature=0))
+        assert (again.headers["x-millrace-cache"], again.headers["x-millrace-model"]) == (outcome, "small")
+
+
+async def test_who_waits_for_a_substitutes_answer_goes_on_as_soon_as_it_begins() -> None:
+    models = (replace(MODELS[0], fallbacks=("large",)), MODELS[1])
+    h = harness(models=models, backend=FakeBackend(down={"small"}, stall_after=1))
+    asked = asyncio.create_task(ask(h, chat(temperature=0)))
+    await h.until_open(1)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert h.cache.flights == set()
+    h.backend.release.set()
+    await asked
+
+
 async def test_an_alias_is_answered_by_its_model() -> None:
     h = harness()
     assert (await ask(h, chat(model="tiny"))).json()["model"] == "small"
