@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Protocol
 
-from replicas.types import Chunk, Emitted, GenerateRequest, ReplicaUnavailable
+from replicas.types import Chunk, Emitted, GenerateRequest, MillraceError, Overloaded, ReplicaUnavailable
 from router.logs import line, log
 from router.settings import FailoverSettings
 
@@ -36,7 +36,8 @@ async def resumed_stream(
     An attempt that ends early, with `ReplicaUnavailable`, with `abort` or without a finish reason, is followed by one
     that starts from the tokens forwarded so far. Raises `ReplicaUnavailable` after as many fruitless ones in a row as
     `settings` allows, or after `ATTEMPTS_BEFORE_FALLBACK` while another model may still take over (`may_fall_back`).
-    The request's own errors pass straight through.
+    The request's own errors pass straight through, and so does `Overloaded` before the first token; later the answer
+    waits for a place, because half of it is out.
     """
     seam = _Seam(request.emitted)
     num_fruitless = 0
@@ -50,8 +51,12 @@ async def resumed_stream(
                 yield seam.forward(chunk)
                 if chunk.finish_reason is not None:
                     return
-            lost = ReplicaUnavailable(f"A replica of {request.model!r} ended the answer before its end.")
+            lost: MillraceError = ReplicaUnavailable(f"A replica of {request.model!r} ended the answer before its end.")
         except ReplicaUnavailable as error:
+            lost = error
+        except Overloaded as error:
+            if not seam.num_tokens:
+                raise
             lost = error
         finally:
             await close(stream)

@@ -18,6 +18,7 @@ from replicas.types import (
     Chunk,
     GenerateRequest,
     ModelNotFound,
+    Overloaded,
     Prompt,
     PromptTooLong,
     ReplicaStats,
@@ -59,6 +60,8 @@ class FakeBackend:
     deaths: list[int | None] = field(default_factory=list)
     """For each attempt in order: after how many chunks its replica dies (None, or beyond the list: it lives)."""
     down: set[str] = field(default_factory=set)
+    full: list[bool] = field(default_factory=list)
+    """For each attempt in order: whether its replica's queue is full."""
     error: Exception | None = None
     """Raised before the first chunk of every attempt."""
     error_after: tuple[int, Exception] | None = None
@@ -78,6 +81,8 @@ class FakeBackend:
             await asyncio.sleep(0)
             if request.model in self.down:
                 raise ReplicaUnavailable(f"{request.model} is down")
+            if self.full and self.full.pop(0):
+                raise Overloaded(f"{request.model} is full")
             if self.error is not None:
                 raise self.error
             for position, chunk in enumerate(answer_chunks(request)):

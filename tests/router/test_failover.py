@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replicas.engine.sampling_params import SamplingParams
-from replicas.types import ChatPrompt, Chunk, EngineError, GenerateRequest, ReplicaUnavailable
+from replicas.types import ChatPrompt, Chunk, EngineError, GenerateRequest, Overloaded, ReplicaUnavailable
 from router.failover import ATTEMPTS_BEFORE_FALLBACK, resumed_stream
 from router.settings import FailoverSettings
 
@@ -113,6 +113,22 @@ async def test_with_another_model_at_hand_it_gives_up_sooner() -> None:
     with pytest.raises(ReplicaUnavailable):
         _ = [chunk async for chunk in resumed_stream(backend, a_request(), quick, may_fall_back=lambda: True)]
     assert len(backend.attempts) == ATTEMPTS_BEFORE_FALLBACK
+
+
+async def test_an_answer_that_has_begun_waits_for_a_place_at_a_full_replica() -> None:
+    request = a_request("four", 3)
+    backend = FakeBackend(deaths=[3], full=[False, True, True])
+    chunks, waits, _ = await run(backend, request)
+    assert "".join(chunk.text for chunk in chunks) == answer_text(request)
+    assert waits == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("deaths", [[], [0]])
+async def test_an_answer_that_has_not_begun_is_refused_by_a_full_replica(deaths: list[int | None]) -> None:
+    backend = FakeBackend(deaths=list(deaths), full=[False] * len(deaths) + [True])
+    with pytest.raises(Overloaded):
+        await run(backend, a_request())
+    assert len(backend.attempts) == len(deaths) + 1
 
 
 async def test_the_requests_own_error_is_not_retried() -> None:
