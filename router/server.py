@@ -33,6 +33,7 @@ from replicas.types import (
 )
 from router.app import create_app
 from router.catalog import Catalog
+from router.failover import NoReplicaRunning
 from router.gateway import Gateway
 from router.metrics import GatewayMetrics
 from router.policy import RoutingPolicy
@@ -156,7 +157,7 @@ class Deployment(Generic[Reading]):
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """The chunks of `generate`, cancelled when the iterator is closed. Raises as `result` does."""
         if not self._readings:
-            raise ReplicaUnavailable(f"No replica of {self.name} is running.")
+            raise NoReplicaRunning(f"No replica of {self.name} is running.")
         response = self.generate.remote(request)
         try:
             chunks = aiter(response)
@@ -176,7 +177,7 @@ class Deployment(Generic[Reading]):
             while not task.done():
                 await asyncio.wait({task}, timeout=STATS_PERIOD_S)
                 if not task.done() and not self._readings:
-                    raise ReplicaUnavailable(f"No replica of {self.name} is running.")
+                    raise NoReplicaRunning(f"No replica of {self.name} is running.")
             return task.result()
         finally:
             task.cancel()

@@ -28,6 +28,7 @@ from replicas.types import (
     TokenPrompt,
     Usage,
 )
+from router.failover import NoReplicaRunning
 
 VOCABULARY = [
     " the",
@@ -80,7 +81,7 @@ class FakeBackend:
         try:
             await asyncio.sleep(0)
             if request.model in self.down:
-                raise ReplicaUnavailable(f"{request.model} is down")
+                raise NoReplicaRunning(f"{request.model} is down")
             if self.full and self.full.pop(0):
                 raise Overloaded(f"{request.model} is full")
             if self.error is not None:
