@@ -64,7 +64,13 @@ class Completions:
         requests = to_generate_requests(
             body, request_id=response_id, tenant=tenant, draw_seed=lambda: secrets.randbits(64)
         )
-        return Question(tuple(requests), tenant, request.headers.get("cache-control"), has_drawn_seed=body.seed is None)
+        return Question(
+            tuple(requests),
+            tenant,
+            http_request_id=request.state.request_id,
+            cache_control=request.headers.get("cache-control"),
+            has_drawn_seed=body.seed is None,
+        )
 
     async def _reply(
         self,

@@ -31,6 +31,7 @@ async def resumed_stream(
     request: GenerateRequest,
     settings: FailoverSettings,
     *,
+    http_request_id: str = "",
     may_fall_back: Callable[[], bool] = lambda: False,
     on_resume: Callable[[], None] = lambda: None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -44,6 +45,7 @@ async def resumed_stream(
     The request's own errors pass straight through, and so does `Overloaded` before the first token; later the answer
     waits for a place, because half of it is out.
     """
+    names = {"request_id": http_request_id, "response_id": request.request_id, "model": request.model}
     seam = _Seam(request.emitted)
     num_fruitless = num_losses = 0
     while True:
@@ -68,14 +70,14 @@ async def resumed_stream(
         num_fruitless += 1
         num_losses += not isinstance(lost, NoReplicaRunning | Overloaded)
         if num_losses >= settings.max_losses:
-            log.error(line("given up", response_id=request.request_id, model=request.model, num_losses=num_losses))
+            log.error(line("given up", **names, num_losses=num_losses))
             raise EngineError(
                 f"{num_losses} replicas of {request.model!r} were lost while they worked on this request; it may be "
                 "what ends them, so it is not tried again."
             )
         if num_fruitless >= _max_fruitless(settings, may_fall_back(), seam.num_tokens):
             raise ReplicaUnavailable(f"No replica of {request.model!r} is available now: {lost.message}") from lost
-        log.info(line("resumed", response_id=request.request_id, model=request.model, num_tokens=seam.num_tokens))
+        log.info(line("resumed", **names, num_tokens=seam.num_tokens))
         on_resume()
         # an attempt that got somewhere is followed at once; later ones give Serve time to notice the death
         await sleep(min(settings.max_wait_s, settings.first_wait_s * 2.0 ** (num_fruitless - 1)))

@@ -239,6 +239,7 @@ class Gateway:
                     self.backend,
                     replace(request, model=model),
                     self._settings.failover,
+                    http_request_id=question.http_request_id,
                     may_fall_back=lambda: trial.may_fall_back,
                     on_resume=self.metrics.resumptions.labels(model).inc,
                 )

@@ -16,6 +16,8 @@ class Question:
 
     requests: tuple[GenerateRequest, ...]
     tenant: str
+    http_request_id: str = ""
+    """Under which the logs have the client's request."""
     cache_control: str | None = None
     """The client's header."""
     has_drawn_seed: bool = False

@@ -105,6 +105,16 @@ async def test_one_log_line_a_request_without_keys_or_prompts(caplog: pytest.Log
     assert not any(word in caplog.text for word in ("my secret prompt", "key-a", "key-wrong"))
 
 
+async def test_a_resumption_is_found_by_the_requests_id(caplog: pytest.LogCaptureFixture) -> None:
+    h = harness(backend=FakeBackend(deaths=[2]))
+    with caplog.at_level(logging.INFO):
+        async with h.http() as client:
+            reply = await client.post(CHAT, json=chat("four", seed=3), headers={"x-request-id": "id-1"})
+    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "millrace.gateway"]
+    (resumed,) = [line for line in lines if line["event"] == "resumed"]
+    assert (resumed["request_id"], resumed["response_id"]) == ("id-1", reply.json()["id"])
+
+
 async def test_ready_says_which_models_run() -> None:
     h = harness(backend=FakeBackend(down={"large"}))
     async with h.http() as client:
