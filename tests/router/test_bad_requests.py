@@ -172,7 +172,10 @@ async def test_only_json_is_taken() -> None:
         plain = await client.post(
             TEXT, content=json.dumps(text()), headers={"content-type": "application/json; charset=utf-8"}
         )
-    assert (reply.status_code, plain.status_code) == (415, 200)
+        nothing = await client.post(TEXT, content=json.dumps(text()))
+    assert (reply.status_code, plain.status_code, nothing.status_code) == (415, 200, 415)
+    assert "'content-type: application/json' is missing" in nothing.json()["error"]["message"]
+    assert "'content-type'" in reply.json()["error"]["message"]
 
 
 async def test_unknown_models_paths_and_methods() -> None:
