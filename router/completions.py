@@ -68,7 +68,8 @@ class Completions:
             tuple(requests),
             tenant,
             http_request_id=request.state.request_id,
-            cache_control=request.headers.get("cache-control"),
+            # RFC 9110 §5.3: several lines of one name mean what one line of all of them means
+            cache_control=", ".join(request.headers.getlist("cache-control")),
             has_drawn_seed=body.seed is None,
         )
 

@@ -76,6 +76,16 @@ async def test_what_is_looked_up_and_stored(
     assert h.cache.flights == set()
 
 
+async def test_lines_of_cache_control_count_together() -> None:
+    h = harness()
+    lines = [("cache-control", "max-age=60"), ("cache-control", "no-cache, no-store")]
+    async with h.http() as client:
+        for _ in range(2):
+            reply = await client.post("/v1/chat/completions", json=chat(temperature=0), headers=lines)
+    assert reply.headers["x-millrace-cache"] == "bypass"
+    assert (h.cache.num_lookups, h.cache.answers) == (0, {})
+
+
 async def test_a_failed_or_abandoned_answer_frees_its_flight() -> None:
     failing = harness(backend=FakeBackend(error=EngineError("sampling failed")))
     assert (await ask(failing, chat(temperature=0))).status_code == 500
