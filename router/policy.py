@@ -97,7 +97,7 @@ def usable_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that fit and are available, never empty. Raises `NoModelFits` or `NoModelAvailable`."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
-        raise NoModelFits("The prompt and 'max_tokens' together exceed the context of every model.", "max_tokens")
+        raise NoModelFits("The prompt and max_tokens together exceed the context of every model.", "max_tokens")
     usable = [candidate for candidate in fitting if candidate.is_available]
     if not usable:
         raise NoModelAvailable("No model that could take this request is available now.")

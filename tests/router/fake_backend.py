@@ -156,7 +156,8 @@ def answer_chunks(request: GenerateRequest) -> list[Chunk]:
     """A chunk a token, the text lagging behind, and a last one with the rest and the finish reason."""
     prompt = prompt_tokens(request.prompt)
     if len(prompt) >= CONTEXT:
-        raise PromptTooLong(f"The prompt has {len(prompt)} tokens, the context {CONTEXT}.", "messages")
+        field_name = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+        raise PromptTooLong(f"The prompt has {len(prompt)} tokens, the context {CONTEXT}.", field_name)
     tokens, finish_reason = answer_tokens(request)
     emitted = request.emitted
     assert tuple(tokens[: len(emitted.token_ids)]) == emitted.token_ids, "resumed with tokens that were never drawn"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from fake_backend import FakeBackend, answer_text, with_heartbeat
+from fake_backend import CONTEXT, FakeBackend, answer_text, with_heartbeat
 from gateway_harness import MODELS, Harness, chat, harness, sse_data
 
 from replicas.types import EngineError, Overloaded, PromptTooLong
@@ -226,6 +226,25 @@ async def test_one_failing_sibling_fails_the_answer_and_stops_the_others() -> No
     assert reply.json()["error"]["code"] == "engine_error"
     await asyncio.sleep(0)
     assert h.backend.num_open == 0
+
+
+@pytest.mark.parametrize("model", ["small", "auto"])
+@pytest.mark.parametrize(
+    ("path", "prompt", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 20 * CONTEXT}]}, "messages"),
+        ("/v1/completions", {"prompt": ["a", "a" * 20 * CONTEXT]}, "prompt"),
+        ("/v1/completions", {"prompt": [1] * CONTEXT}, "prompt"),
+    ],
+)
+async def test_a_prompt_too_long_is_named_as_such_whoever_finds_out(
+    model: str, path: str, prompt: dict[str, Any], param: str
+) -> None:
+    async with harness().http() as client:
+        reply = await client.post(path, json={"model": model, **prompt})
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
 
 
 @pytest.mark.parametrize(
