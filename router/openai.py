@@ -6,9 +6,11 @@ Knows OpenAI's shapes and nothing of HTTP, models or replicas. Streams are `sse.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +81,19 @@ def to_generate_requests(
         for p, prompt in enumerate(prompts)
         for i in range(n)
     ]
+
+
+@contextlib.contextmanager
+def fields_as_sent(body: ChatCompletionRequest | CompletionRequest) -> Iterator[None]:
+    """Around whatever may refuse `body`: behind the wire there is one `max_tokens`, under whichever name it came."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if not isinstance(body, ChatCompletionRequest) or body.max_completion_tokens is None:
+            raise
+        named = re.sub(r"\bmax_tokens\b", "max_completion_tokens", error.message)
+        param = "max_completion_tokens" if error.param == "max_tokens" else error.param
+        raise type(error)(named, param) from None
 
 
 def derived_seed(seed: int, index: int) -> int:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
+from fake_backend import FakeBackend
 from gateway_harness import chat, harness
+
+from replicas.types import InvalidRequest
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -119,6 +123,22 @@ async def test_a_bad_field_is_named(path: str, body: dict[str, Any], param: str)
     assert param.split(".")[0] in error["message"]
     assert "Tuple" not in error["message"], "JSON has arrays"
     assert h.backend.attempts == []
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("model", ["small", "auto"])
+async def test_a_limit_is_called_what_the_client_calls_it(model: str, name: str) -> None:
+    refusal = InvalidRequest("the prompt's 9 tokens and max_tokens = 600 together exceed the limit", "max_tokens")
+    h = harness(backend=FakeBackend(error=refusal))
+    older = {"max_tokens": 3} if name == "max_completion_tokens" else {}  # the newer name wins
+    async with h.http() as client:
+        too_large = await client.post(CHAT, json=chat(model=model, **{**older, name: 600}))
+        too_small = await client.post(CHAT, json=chat(model=model, min_tokens=5, **{**older, name: 4}))
+    error = too_large.json()["error"]
+    assert (too_large.status_code, error["param"]) == (400, name)
+    assert re.findall(r"max_\w+", error["message"]) == [name]
+    error = too_small.json()["error"]
+    assert (error["param"], re.findall(r"max_\w+", error["message"])) == ("min_tokens", [name])
 
 
 BAD_BYTES = [
