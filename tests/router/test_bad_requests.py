@@ -60,6 +60,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, chat(audio={}), "audio"),
     (CHAT, chat(functions=[{}]), "functions"),
     (CHAT, chat(prediction={}), "prediction"),
+    (CHAT, chat(moderation={"model": "omni-moderation-latest"}), "moderation"),
     (CHAT, chat(web_search_options={}), "web_search_options"),
     (CHAT, chat(tool_choice="required"), "tool_choice"),
     (CHAT, chat(echo=True), "echo"),
@@ -232,6 +233,7 @@ async def test_fields_that_do_not_change_the_answer_are_accepted() -> None:
         "user": "u",
         "safety_identifier": "s",
         "prompt_cache_key": "k",
+        "prompt_cache_options": {"mode": "explicit", "ttl": "30m"},
         "verbosity": "low",
         "reasoning_effort": "none",
         "tools": [],
@@ -240,6 +242,7 @@ async def test_fields_that_do_not_change_the_answer_are_accepted() -> None:
         "modalities": ["text"],
         "functions": None,
         "audio": None,
+        "moderation": None,
         "echo": False,
     }
     async with harness().http() as client:
