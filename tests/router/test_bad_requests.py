@@ -126,6 +126,20 @@ async def test_a_bad_field_is_named(path: str, body: dict[str, Any], param: str)
     assert h.backend.attempts == []
 
 
+@pytest.mark.parametrize(
+    "body",
+    [chat(**{"k" * 100_000: 1}), chat(stream=True, stream_options={"k" * 100_000: 1}), chat(metadata={"k" * 999: 1})],
+)
+async def test_a_long_name_is_not_sent_back_whole(body: dict[str, Any]) -> None:
+    async with harness().http() as client:
+        reply = await client.post(CHAT, json=body)
+    error = reply.json()["error"]
+    assert reply.status_code == 400
+    assert error["param"].endswith("k…")
+    assert error["param"] in error["message"]
+    assert len(reply.content) < 500
+
+
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 @pytest.mark.parametrize("model", ["small", "auto"])
 async def test_a_limit_is_called_what_the_client_calls_it(model: str, name: str) -> None:
