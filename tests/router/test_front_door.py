@@ -150,6 +150,24 @@ async def test_metrics_count_what_happened() -> None:
     assert {"vllm:time_to_first_token_seconds_bucket", "millrace:resumptions_total"} <= names
 
 
+@pytest.mark.parametrize(
+    ("path", "route", "status"),
+    [
+        ("/docs", "/docs", 200),
+        ("/openapi.json", "/openapi.json", 200),
+        ("/docs-assets/swagger-ui.css", "/docs-assets/*", 200),
+        ("/docs-assets/none", "/docs-assets/*", 404),
+        ("/docs-assetsx", "unknown", 404),
+        ("/v1/models/small", "/v1/models/{model:path}", 200),
+    ],
+)
+async def test_every_route_has_a_count_of_its_own(path: str, route: str, status: int) -> None:
+    h = harness()
+    async with h.http() as client:
+        await client.get(path)
+    assert h.metric(f'millrace:http_requests_total{{route="{route}",status="{status}"}}') == 1
+
+
 def test_replica_counters_never_fall_when_a_replica_leaves() -> None:
     one, two, three = (replace(an_idle_replica("small"), replica=name) for name in "abc")
     replicas = [one, two]
