@@ -117,6 +117,25 @@ def test_chat_with_nobody_there_fails() -> None:
     assert "millrace serve" in stderr
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:abc",
+        "http://localhost:99999",
+        "localhost:8000",
+        "ftp://localhost",
+        "http:",
+        "",
+        "http://\x00",
+    ],
+)
+def test_chat_with_no_address_says_so(url: str) -> None:
+    code, stderr = millrace("chat", "--url", url)
+    assert code == 1
+    assert stderr.startswith(f"error: --url {url} is not ")
+    assert stderr.endswith("name one like http://127.0.0.1:8000\n")
+
+
 def test_ports_that_cannot_be_listened_on() -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
