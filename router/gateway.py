@@ -42,6 +42,9 @@ from router.settings import GatewaySettings
 REPLAY_CHARS = 256
 """A cached answer is replayed in chunks of this size."""
 
+MAX_COUNT_S = 1.0
+"""An answer from the cache waits for no longer than this for the number of its prompt's tokens."""
+
 
 class Backend(Protocol):
     """The model replicas. `router/server.py` implements it with Serve handles."""
@@ -127,7 +130,7 @@ class Gateway:
         asked_s = self._clock()
         lookup = await self._look_up(question)
         if isinstance(lookup.result, CacheHit):
-            return self._replay(lookup.result)
+            return self._replay(question, lookup.result)
         try:
             route = self._chooser.choose(question, lookup.embedding)
             with self._awaiting(lookup):
@@ -191,17 +194,17 @@ class Gateway:
             return _Lookup(result.kind, query, result)
         return _Lookup("miss" if query.may_read else "bypass", query, result)
 
-    def _replay(self, hit: CacheHit) -> Answer:
+    def _replay(self, question: Question, hit: CacheHit) -> Answer:
         """A cached answer takes the same road as a fresh one, as chunks; no replica works and nothing is billed."""
         cached = hit.answer
         if cached.cost_usd is not None:
             self.metrics.cache_saved_usd.inc(cached.cost_usd)
         self.metrics.routes.labels(cached.model, "cached").inc()
-        chunks = _replay_chunks(cached)
+        first, *rest = _pieces(cached.text)
         return Answer(
             Decision(cached.model, "cached", hit.kind, 0.0),
-            (0, chunks[0]),
-            _replayed(chunks[1:]),
+            (0, Chunk((), first)),
+            self._replayed(question, hit, rest),
             choices=[Choice(None, keeps_text=False)],
             num_siblings=1,
             price=None,
@@ -209,6 +212,25 @@ class Gateway:
             awaiting=contextlib.nullcontext,
             on_end=lambda answer: None,
         )
+
+    async def _replayed(self, question: Question, hit: CacheHit, texts: Sequence[str]) -> AsyncIterator[IndexedChunk]:
+        for text in texts:
+            yield 0, Chunk((), text)
+        # last, so that the text need not wait for it
+        usage = Usage(await self._num_prompt_tokens(question, hit), 0, hit.answer.num_completion_tokens)
+        yield 0, Chunk((), "", finish_reason="stop", stop_reason=hit.answer.stop_reason, usage=usage)
+
+    async def _num_prompt_tokens(self, question: Question, hit: CacheHit) -> int:
+        """Of the asker's own prompt; where nobody can tell, of the one that the cached answer was made for."""
+        model, stored = hit.answer.model, hit.answer.num_prompt_tokens
+        if hit.kind == "hit-exact" or not self.backend.stats(model):
+            return stored
+        try:
+            async with asyncio.timeout(MAX_COUNT_S):
+                token_ids, _ = await self.backend.tokenize(model, question.prompts[0], add_special_tokens=True)
+        except (MillraceError, TimeoutError):
+            return stored
+        return len(token_ids)
 
     # stream
 
@@ -308,17 +330,8 @@ class _Trial:
     may_fall_back: bool
 
 
-def _replay_chunks(cached: CachedAnswer) -> list[Chunk]:
-    cuts = range(0, max(1, len(cached.text)), REPLAY_CHARS)
-    chunks = [Chunk((), cached.text[cut : cut + REPLAY_CHARS]) for cut in cuts]
-    usage = Usage(cached.num_prompt_tokens, 0, cached.num_completion_tokens)
-    chunks[-1] = replace(chunks[-1], finish_reason="stop", stop_reason=cached.stop_reason, usage=usage)
-    return chunks
-
-
-async def _replayed(chunks: Sequence[Chunk]) -> AsyncIterator[IndexedChunk]:
-    for chunk in chunks:
-        yield 0, chunk
+def _pieces(text: str) -> list[str]:
+    return [text[cut : cut + REPLAY_CHARS] for cut in range(0, max(1, len(text)), REPLAY_CHARS)]
 
 
 async def _logged(work: Coroutine[Any, Any, None]) -> None:

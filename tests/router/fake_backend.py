@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cache.types import CachedAnswer, CacheHit, CacheMiss, CacheQuery, LookupResult
@@ -55,6 +55,10 @@ HELD_BACK = 3
 """Characters that the fake's detokenizer holds back, as a stop string would make a real one do."""
 
 
+async def _at_once() -> None:
+    pass
+
+
 @dataclass
 class FakeBackend:
     models: Sequence[str] = ("small", "large")
@@ -68,6 +72,8 @@ class FakeBackend:
     error_after: tuple[int, Exception] | None = None
     stall_after: int | None = None
     """After that many chunks a stream waits for `release`."""
+    tokenizing: Callable[[], Awaitable[None]] = _at_once
+    """Awaited by each call of `tokenize`."""
     stats_change: Callable[[ReplicaStats], ReplicaStats] = lambda stats: stats
 
     attempts: list[GenerateRequest] = field(default_factory=list)
@@ -104,7 +110,10 @@ class FakeBackend:
         return (self.stats_change(an_idle_replica(model)),)
 
     async def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], int]:
-        special = [1] if add_special_tokens else []
+        await self.tokenizing()
+        if model in self.down:
+            raise NoReplicaRunning(f"{model} is down")
+        special = [1] if add_special_tokens and not isinstance(prompt, ChatPrompt) else []
         return [*special, *prompt_tokens(prompt)], CONTEXT
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
@@ -195,10 +204,12 @@ def _logprob(token: int, num_top: int) -> TokenLogprob:
 
 @dataclass
 class FakeCache:
-    """Exact matches only; a second asker of the same key does not wait."""
+    """Exact matches, and one neighbour of all; a second asker of the same key does not wait."""
 
     answers: dict[str, CachedAnswer] = field(default_factory=dict)
     flights: set[str] = field(default_factory=set)
+    neighbour: CachedAnswer | None = None
+    """Answers every question that has no answer of its own."""
     num_lookups: int = 0
 
     async def lookup(self, query: CacheQuery) -> LookupResult:
@@ -207,6 +218,8 @@ class FakeCache:
         answer = self.answers.get(query.exact_key)
         if answer is not None and query.may_read:
             return CacheHit(answer, "hit-exact", 1.0, 0.0)
+        if self.neighbour is not None:
+            return CacheHit(self.neighbour, "hit-semantic", 0.97, 0.0)
         flight = f"flight-{self.num_lookups}"
         self.flights.add(flight)
         return CacheMiss(flight)

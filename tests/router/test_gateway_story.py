@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from fake_backend import CONTEXT, FakeBackend, answer_text, with_heartbeat
-from gateway_harness import MODELS, Harness, chat, harness, sse_data
+from gateway_harness import MODELS, Exchange, Harness, chat, harness, sse_data
 
+from cache.types import CachedAnswer
 from replicas.types import EngineError, Overloaded, PromptTooLong
+from router import gateway
 from router.policy import FixedPolicy
 
 
@@ -51,6 +54,59 @@ async def test_a_cached_answer_streams_like_a_fresh_one() -> None:
     assert events[-3]["choices"][0]["finish_reason"] == "stop"
     assert events[-2]["usage"]["completion_tokens"] == fresh.json()["usage"]["completion_tokens"]
     assert events[-1] == "[DONE]"
+
+
+NEIGHBOUR = CachedAnswer("Because of the mill.", "small", num_prompt_tokens=999, num_completion_tokens=6, cost_usd=0.1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_neighbours_answer_is_billed_by_the_askers_own_prompt(stream: bool) -> None:
+    h = harness()
+    fresh = (await ask(h, chat("Why?"))).json()["usage"]
+    h.cache.neighbour = NEIGHBOUR
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    reply = await ask(h, chat("Why?", temperature=0, stream=stream, **options))
+    assert reply.headers["x-millrace-cache"] == "hit-semantic"
+    usage = sse_data(reply.text)[-2]["usage"] if stream else reply.json()["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (fresh["prompt_tokens"], 6)
+    assert len(h.backend.attempts) == 1
+
+
+async def test_a_neighbours_text_does_not_wait_for_the_usage() -> None:
+    counted = asyncio.Event()
+
+    async def until_counted() -> None:
+        await counted.wait()
+
+    h = harness(backend=FakeBackend(tokenizing=until_counted))
+    h.cache.neighbour = NEIGHBOUR
+    exchange = Exchange(h.app, "/v1/chat/completions", json.dumps(chat(temperature=0, stream=True)).encode())
+    first = await asyncio.wait_for(exchange.parts.get(), 5)
+    assert NEIGHBOUR.text.encode() in first
+    counted.set()
+    await exchange.task
+
+
+async def _never() -> None:
+    await asyncio.Event().wait()
+
+
+async def _broken() -> None:
+    raise EngineError("broken")
+
+
+@pytest.mark.parametrize(
+    "backend", [FakeBackend(down={"small"}), FakeBackend(tokenizing=_never), FakeBackend(tokenizing=_broken)]
+)
+async def test_where_nobody_can_count_the_stored_figure_stands(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "MAX_COUNT_S", 0.05)
+    h = harness(backend=backend)
+    h.cache.neighbour = NEIGHBOUR
+    reply = await ask(h, chat(temperature=0))
+    assert text_of(reply) == NEIGHBOUR.text
+    assert reply.json()["usage"]["prompt_tokens"] == 999
 
 
 @pytest.mark.parametrize(
