@@ -187,6 +187,21 @@ class MillraceConfig(Section):
     cache: CacheSection = CacheSection()
 
 
+class FromEnvironment(str):
+    """Text in which `${NAME}` was replaced. Shown, it is what stands in the file: the environment may hold secrets."""
+
+    __slots__ = ("_written",)
+    _written: str
+
+    def __new__(cls, value: str, written: str) -> FromEnvironment:
+        text = super().__new__(cls, value)
+        text._written = written
+        return text
+
+    def __repr__(self) -> str:
+        return repr(self._written)
+
+
 def load_config(path: Path, server: Mapping[str, Any] | None = None) -> MillraceConfig:
     """Read and check a file, in which `server` replaces keys of the section of that name, and its file of keys. Raises
     ConfigError with every mistake that was found."""
@@ -287,7 +302,7 @@ def _expand_environment(value: Any, environment: Mapping[str, str], loc: Loc = (
         names = _VARIABLE.findall(value)
         unset = [Mistake(loc, f"the environment variable {n} is not set") for n in names if n not in environment]
         expanded = _VARIABLE.sub(lambda m: environment.get(m[1], m[0]), value)
-        return expanded, unset
+        return FromEnvironment(expanded, value) if names else value, unset
     if isinstance(value, dict):
         pairs = {k: _expand_environment(v, environment, (*loc, k)) for k, v in value.items()}
         return {k: v for k, (v, _) in pairs.items()}, [m for _, ms in pairs.values() for m in ms]

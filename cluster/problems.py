@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: every mistake with its key and its line.
+"""What is wrong with a configuration: every mistake with its key and its line, in words that give no secret away.
 
 Knows YAML's nodes and pydantic's errors. What is checked is `config.py`'s and `references.py`'s.
 """
@@ -17,6 +17,7 @@ Loc = tuple[int | str, ...]
 
 HOLDS_ITSELF = "refers to a list or mapping that it is part of"
 
+_WORDS_OF_AUTH = frozenset({"auth", "keys", "keys_file", "tenant", "sha256"})
 _CONTAINER_ERRORS = frozenset({"model_type", "model_attributes_type", "dict_type", "tuple_type"})
 
 
@@ -58,7 +59,7 @@ def mistakes_of(error: ValidationError, schema: type[BaseModel], at: Loc = ()) -
     # An invalid item also makes its list look too short; the item's own mistake is the one to report.
     places = {tuple(e["loc"]) for e in errors}
     return [
-        Mistake((*at, *e["loc"]), _message(e, schema))
+        Mistake((*at, *e["loc"]), _message(e, schema, (*at, *e["loc"])))
         for e in errors
         if not (e["type"] == "too_short" and any(p[: len(e["loc"])] == e["loc"] and p != e["loc"] for p in places))
     ]
@@ -83,7 +84,9 @@ def line_of(tree: yaml.Node | None, loc: Loc) -> int:
 
 
 def dotted(loc: Loc) -> str:
-    return ".".join(map(str, loc))
+    """A word that `auth` does not know may be a key that was written into the wrong place."""
+    is_auth = loc[:1] == ("auth",)
+    return ".".join(str(p) if not is_auth or isinstance(p, int) or p in _WORDS_OF_AUTH else "…" for p in loc)
 
 
 def tree_mistakes(tree: yaml.Node | None) -> list[Mistake]:
@@ -113,7 +116,7 @@ def _node_mistakes(node: yaml.Node | None, loc: Loc, around: tuple[int, ...], se
     return found
 
 
-def _message(error: Any, schema: type[BaseModel]) -> str:
+def _message(error: Any, schema: type[BaseModel], loc: Loc) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
         return "unknown key" + _suggestion(schema, error["loc"])
@@ -123,10 +126,14 @@ def _message(error: Any, schema: type[BaseModel]) -> str:
         return "should be a mapping"
     message: str = error["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     message = message[0].lower() + message[1:]
-    if kind == "value_error" or kind in _CONTAINER_ERRORS:
+    if kind == "value_error" or kind in _CONTAINER_ERRORS or _is_secret(loc):
         return message
     value = error.get("input")
     return message if isinstance(value, dict | list | tuple) else f"{message}, got {value!r}"
+
+
+def _is_secret(loc: Loc) -> bool:
+    return loc[:1] == ("auth",) or "redis_url" in loc
 
 
 def _suggestion(schema: type[BaseModel], loc: Loc) -> str:

@@ -1,4 +1,7 @@
-"""What must agree between the parts of a configuration, checked over plain data that may be wrong in any other way."""
+"""What must agree between the parts of a configuration, checked over plain data that may be wrong in any other way.
+
+Names each value by its `repr`, which of one that came out of the environment shows how it stands in the file.
+"""
 
 from __future__ import annotations
 

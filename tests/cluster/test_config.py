@@ -107,6 +107,43 @@ cache: {{redis_url: '${{NOT_SET_ANYWHERE}}'}}
     assert [problem.key for problem in without_keys.problems] == ["server.port", "server.host", "models"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "auth: {keys: [{tenant: a, sha256: SECRET}]}",
+        "auth: {keys: [{tenant: [SECRET], sha256: 1}]}",
+        "auth: {keys: [{SECRET: a}]}",
+        "auth: {keys: [{SECRET: a, SECRET: b}]}",
+        "auth: {keys: [SECRET]}",
+        "auth: {keys: SECRET}",
+        "auth: SECRET",
+        "auth: {SECRET: 1}",
+        f"auth: {{keys: [{{tenant: SECRET, sha256: {'a' * 64}}}, {{tenant: b, sha256: {'a' * 64}}}]}}",
+        "cache: {redis_url: 'http://:SECRET@h'}",
+        "cache: {redis_url: [SECRET]}",
+        "cache: {redis_url: 'SECRET'}",
+        "cache: SECRET",
+        "server: {port: '${MY_SECRET}'}",
+        "server: {host: '${MY_SECRET}'}",
+        "routing: {default_model: '${MY_SECRET}', policy: '${MY_SECRET}'}",
+        "cache: {redis_url: '${MY_SECRET}'}",
+        "cache: {ttl_s: 'x${MY_SECRET}'}",
+        "auth: {keys_file: '/${MY_SECRET}'}",
+        "models: [{id: '${MY_SECRET}', source: x}, {id: '${MY_SECRET}', source: 'bundled:${MY_SECRET}'}]",
+        "models: [{id: a, source: x, fallbacks: ['${MY_SECRET}'], aliases: ['${MY_SECRET}', '${MY_SECRET}']}]",
+    ],
+)
+def test_no_mistake_shows_a_secret(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SECRET", "SECRET")
+    found = mistaken(text + "\n" + ("" if text.startswith("models") else MODEL))
+    assert "SECRET" not in str(found).replace("${MY_SECRET}", "")
+
+
+def test_what_the_environment_replaced_is_shown_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", "8000")
+    assert "got '${PORT}'" in str(mistaken(MODEL + "server: {port: '${PORT}'}"))
+
+
 def test_a_variable_that_is_not_set_is_its_values_only_mistake() -> None:
     found = mistaken(MODEL + "auth: {keys_file: '${NOT_SET}'}\ncache: {redis_url: '${NOT_SET}'}\n")
     assert [problem.key for problem in found.problems] == ["auth.keys_file", "cache.redis_url"]
@@ -142,6 +179,7 @@ GOOD_ROW = "- {tenant: a, sha256: " + "a" * 64 + "}\n"
         ("- {tenant: a}", "row 1 (line 1 of the file): sha256: is required"),
         (GOOD_ROW + "\n- 3", "row 2 (line 3 of the file): should be a mapping"),
         (GOOD_ROW + "- {tenant: b, sha256: sk-live}\n", "row 2 (line 2 of the file): sha256: string should match"),
+        (GOOD_ROW + "- {tenant: b, sk-live: 1}\n", "row 2 (line 2 of the file): …: unknown key"),
         (GOOD_ROW + GOOD_ROW.replace("tenant: a", "tenant: b"), "row 2 (line 2 of the file): one key for two tenants"),
     ],
 )
@@ -151,6 +189,7 @@ def test_a_broken_keys_file_is_refused_without_showing_it(tmp_path: Path, conten
     found = mistaken(MODEL + f"auth:\n  keys_file: {file}\n")
     assert {(problem.line, problem.key) for problem in found.problems} == {(3, "auth.keys_file")}
     assert says in str(found)
+    assert "sk-live" not in str(found)
     with pytest.raises(ConfigError, match=re.escape(says)):
         read_keys(AuthSection(keys_file=str(file)))
 
