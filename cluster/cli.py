@@ -252,11 +252,15 @@ def _print_welcome(cluster: LocalCluster, seconds: float) -> None:
     key = ' -H "Authorization: Bearer $MILLRACE_API_KEY"' if config.auth.keys or config.auth.keys_file else ""
     phases = ", ".join(f"{name} {s:.1f} s" for name, s in cluster.phases_s.items())
     token = f"   token {cluster.ray_token}" if cluster.ray_token else ""
+    kernels = ", ".join(sorted({name for names in cluster.kernels.values() for name in names}))
+    if cluster.why_no_kernels:
+        kernels += f": plain torch, several times slower, because {cluster.why_no_kernels}"
     lines = (
         f"Millrace is ready after {seconds:.1f} s ({phases})",
         "",
         f"  endpoint   {cluster.url}/v1   (OpenAPI at {cluster.url}/docs)",
         f"  models     {', '.join(m.id for m in config.models)}, auto",
+        f"  kernels    {kernels}",
         f"  dashboard  {cluster.dashboard_url}{token}",
         f"  logs       {logs_directory()}",
         "",

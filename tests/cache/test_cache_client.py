@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cache_fakes import Clock, WordEmbedder
 
 import router.server
 from cache.decision import ThresholdDecision
@@ -19,6 +18,7 @@ from cache.semantic_cache import CacheSettings, SemanticCache
 from cache.store import SqliteStore
 from cache.types import CachedAnswer, CacheHit, CacheMiss, CacheQuery
 from router.server import CacheClient
+from tests.cache.cache_fakes import Clock, WordEmbedder
 
 QUERY = CacheQuery("p/why", "p", "why")
 
@@ -50,7 +50,7 @@ async def connected(folder: Path, **settings: Any) -> AsyncIterator[tuple[CacheC
     decision = ThresholdDecision(0.8)
     cache = SemanticCache(store, embedder, VectorIndex(embedder.dim), decision, CacheSettings(**settings), Clock())
     await cache.start()
-    client = CacheClient(InProcessHandle(cache))  # type: ignore[arg-type]
+    client = CacheClient(InProcessHandle(cache))
     await client.start()
     try:
         yield client, cache

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_fakes import WordEmbedder
 
 from cache.bert import BertEncoder
 from cache.embedder import BUNDLED, Embedder, EmbedderConfig, EmbedderError, MicroBatcher, _find_folder
 from replicas.types import EngineError, Overloaded
+from tests.cache.cache_fakes import WordEmbedder
 
 TEXTS = [
     "How do I reset my password?",

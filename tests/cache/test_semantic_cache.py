@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_fakes import Clock, RedisServer, WordEmbedder
 
 from cache.decision import ThresholdDecision
 from cache.index import VectorIndex
 from cache.semantic_cache import CacheSettings, SemanticCache
 from cache.store import RedisStore, SqliteStore, Store
 from cache.types import CachedAnswer, CacheHit, CacheMiss, CacheQuery, LookupResult
+from tests.cache.cache_fakes import Clock, RedisServer, WordEmbedder
 
 
 def ask(text: str | None, partition: str = "p", **options: Any) -> CacheQuery:
@@ -379,7 +379,7 @@ async def test_an_answer_that_could_not_be_renewed_is_not_given_any_more(redis_s
 
 async def test_randomised_replicas_converge(redis_server: RedisServer) -> None:
     rng = random.Random(2)
-    limits = {"max_entries": 20, "flight_lease_s": 60.0, "upkeep_interval_s": 0.1}
+    limits: dict[str, Any] = {"max_entries": 20, "flight_lease_s": 60.0, "upkeep_interval_s": 0.1}
     async with (
         running(RedisStore(redis_server.url, timeout_s=2.0), time.time, **limits) as one,
         running(RedisStore(redis_server.url, timeout_s=2.0), time.time, **limits) as two,

@@ -16,6 +16,7 @@ from cache.types import CachedAnswer, CacheHit, CacheMiss, CacheQuery, LookupRes
 from replicas.types import (
     ChatPrompt,
     Chunk,
+    FinishReason,
     GenerateRequest,
     ModelNotFound,
     Overloaded,
@@ -142,7 +143,7 @@ def an_idle_replica(model: str) -> ReplicaStats:
     )
 
 
-def answer_tokens(request: GenerateRequest) -> tuple[list[int], str]:
+def answer_tokens(request: GenerateRequest) -> tuple[list[int], FinishReason]:
     """All token ids of the answer, and why it ends."""
     sampling = request.sampling
     temperature = 1.0 if sampling.temperature is None else sampling.temperature
@@ -182,7 +183,7 @@ def answer_chunks(request: GenerateRequest) -> list[Chunk]:
         num_sent = end
     rest = "".join(VOCABULARY[token] for token in tokens)[num_sent:]
     usage = Usage(len(prompt), num_cached, len(tokens))
-    chunks.append(Chunk((), rest, finish_reason=finish_reason, usage=usage))  # type: ignore[arg-type]
+    chunks.append(Chunk((), rest, finish_reason=finish_reason, usage=usage))
     return chunks
 
 

@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 import pytest
-from fake_backend import FakeBackend
-from gateway_harness import chat, harness
 
-from replicas.types import InvalidRequest
+from replicas.types import ChatPrompt, InvalidRequest
+from tests.router.fake_backend import FakeBackend
+from tests.router.gateway_harness import chat, harness
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -128,7 +128,7 @@ async def test_a_bad_field_is_named(path: str, body: dict[str, Any], param: str)
 
 @pytest.mark.parametrize(
     "body",
-    [chat(**{"k" * 100_000: 1}), chat(stream=True, stream_options={"k" * 100_000: 1}), chat(metadata={"k" * 999: 1})],
+    [chat() | {"k" * 100_000: 1}, chat(stream=True, stream_options={"k" * 100_000: 1}), chat(metadata={"k" * 999: 1})],
 )
 async def test_a_long_name_is_not_sent_back_whole(body: dict[str, Any]) -> None:
     async with harness().http() as client:
@@ -147,8 +147,8 @@ async def test_a_limit_is_called_what_the_client_calls_it(model: str, name: str)
     h = harness(backend=FakeBackend(error=refusal))
     older = {"max_tokens": 3} if name == "max_completion_tokens" else {}  # the newer name wins
     async with h.http() as client:
-        too_large = await client.post(CHAT, json=chat(model=model, **{**older, name: 600}))
-        too_small = await client.post(CHAT, json=chat(model=model, min_tokens=5, **{**older, name: 4}))
+        too_large = await client.post(CHAT, json=chat(model=model) | older | {name: 600})
+        too_small = await client.post(CHAT, json=chat(model=model, min_tokens=5) | older | {name: 4})
     error = too_large.json()["error"]
     assert (too_large.status_code, error["param"]) == (400, name)
     assert re.findall(r"max_\w+", error["message"]) == [name]
@@ -235,11 +235,13 @@ async def test_strange_but_valid_text_passes() -> None:
     async with h.http() as client:
         reply = await client.post(CHAT, json=chat("nul \x00, emoji \U0001f600, \u202e, \ufffd"))
     assert reply.status_code == 200
-    assert h.backend.attempts[0].prompt.messages[0]["content"].startswith("nul \x00")  # type: ignore[union-attr]
+    prompt = h.backend.attempts[0].prompt
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.messages[0]["content"].startswith("nul \x00")
 
 
 async def test_fields_that_do_not_change_the_answer_are_accepted() -> None:
-    ignored = {
+    ignored: dict[str, Any] = {
         "store": True,
         "metadata": {"a": "b"},
         "service_tier": "auto",

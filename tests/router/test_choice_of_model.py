@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -124,9 +125,9 @@ def test_cheapest_capable(candidates: list[Candidate], target: float) -> None:
 
 
 @given(candidates, st.randoms())
-def test_the_order_of_candidates_does_not_matter(candidates: list[Candidate], random: object) -> None:
+def test_the_order_of_candidates_does_not_matter(candidates: list[Candidate], random: Random) -> None:
     shuffled = list(candidates)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     policy = CheapestCapablePolicy(0.5)
     try:
         route = policy.choose(candidates)

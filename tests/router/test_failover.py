@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
-from fake_backend import FakeBackend, answer_chunks, answer_text, answer_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replicas.engine.sampling_params import SamplingParams
 from replicas.types import ChatPrompt, Chunk, EngineError, GenerateRequest, Overloaded, ReplicaUnavailable
-from router.failover import ATTEMPTS_BEFORE_FALLBACK, resumed_stream
+from router.failover import ATTEMPTS_BEFORE_FALLBACK, close, resumed_stream
 from router.settings import FailoverSettings
+from tests.router.fake_backend import FakeBackend, answer_chunks, answer_text, answer_tokens
 
 SETTINGS = FailoverSettings(
     max_attempts_before_first_token=4,
@@ -40,13 +41,13 @@ async def run(backend: FakeBackend, request: GenerateRequest) -> tuple[list[Chun
     return chunks, waits, len(resumptions)
 
 
-async def waits_until_given_up(deaths: list[int | None]) -> list[float]:
+async def waits_until_given_up(deaths: list[int]) -> list[float]:
     waits: list[float] = []
 
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    backend = FakeBackend(deaths=deaths)
+    backend = FakeBackend(deaths=list(deaths))
     with pytest.raises(ReplicaUnavailable, match="No replica of 'small'"):
         _ = [chunk async for chunk in resumed_stream(backend, a_request("four", 3), SETTINGS, sleep=sleep)]
     assert len(backend.attempts) == len(waits) + 1
@@ -169,7 +170,7 @@ async def test_an_answer_that_the_replica_aborts_or_drops_is_resumed() -> None:
     whole = answer_chunks(request)
 
     class Dropping(FakeBackend):
-        async def stream_once(self, request: GenerateRequest):  # type: ignore[no-untyped-def, override]
+        async def stream_once(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
             self.attempts.append(request)
             if len(self.attempts) == 1:
                 yield whole[0]
@@ -190,5 +191,5 @@ async def test_closing_the_stream_closes_the_attempt() -> None:
     stream = resumed_stream(backend, a_request("four", 3), SETTINGS)
     await anext(stream)
     assert backend.num_open == 1
-    await stream.aclose()  # type: ignore[attr-defined]
+    await close(stream)
     assert backend.num_open == 0

@@ -10,11 +10,11 @@ from typing import Any
 
 import openai
 import pytest
-from fake_backend import FakeBackend, an_idle_replica
-from gateway_harness import chat, harness
 
 from router.metrics import GatewayMetrics
 from router.settings import ApiKey
+from tests.router.fake_backend import FakeBackend, an_idle_replica
+from tests.router.gateway_harness import chat, harness
 
 KEYS = tuple(
     ApiKey(hashlib.sha256(key.encode()).hexdigest(), tenant) for key, tenant in (("key-a", "ann"), ("key-b", "ben"))
@@ -32,7 +32,7 @@ async def test_every_route_but_health_and_ready_needs_a_key(path: str) -> None:
             await client.get(path, headers={"authorization": "Bearer "}),
             await client.get(path, headers={"authorization": "Basic key-a"}),
             await client.get(path, headers={"x-api-key": "key-A"}),
-            await client.get(path, headers={"x-api-key": b"k\xff"}),
+            await client.get(path, headers={b"x-api-key": b"k\xff"}),
         ]
         passed = [
             await client.get(path, headers={"authorization": "Bearer key-a"}),
@@ -71,10 +71,10 @@ async def test_tenants_share_neither_cache_nor_blocks() -> None:
 async def test_request_ids(given: str, is_kept: bool) -> None:
     async with harness().http() as client:
         replies = [
-            await client.post(CHAT, json=chat(stream=stream), headers={"x-request-id": given.encode()})
+            await client.post(CHAT, json=chat(stream=stream), headers={b"x-request-id": given.encode()})
             for stream in (False, True)
         ]
-        replies.append(await client.get("/nowhere", headers={"x-request-id": given.encode()}))
+        replies.append(await client.get("/nowhere", headers={b"x-request-id": given.encode()}))
     for reply in replies:  # an id that is kept is sent back by whoever set it: Serve around us, or the client knows it
         assert ("x-request-id" not in reply.headers) == is_kept
         assert reply.headers.get("x-request-id", "").isascii()

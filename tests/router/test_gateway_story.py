@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from fake_backend import CONTEXT, FakeBackend, answer_text, with_heartbeat
-from gateway_harness import MODELS, Exchange, Harness, chat, harness, sse_data
 
 from cache.types import CachedAnswer
-from replicas.types import EngineError, Overloaded, PromptTooLong
+from replicas.types import Chunk, EngineError, GenerateRequest, Overloaded, PromptTooLong, ReplicaStats
 from router import gateway
 from router.policy import FixedPolicy
+from tests.router.fake_backend import CONTEXT, FakeBackend, answer_text, with_heartbeat
+from tests.router.gateway_harness import MODELS, Exchange, Harness, chat, harness, sse_data
 
 
 async def ask(h: Harness, body: dict[str, Any], **headers: str) -> Any:
@@ -181,7 +182,7 @@ async def test_auto_falls_back_when_a_model_fails_before_its_first_chunk() -> No
     class OneReplicaLies(FakeBackend):
         """Stats still show a replica that is gone."""
 
-        def stats(self, model: str):  # type: ignore[no-untyped-def, override]
+        def stats(self, model: str) -> Sequence[ReplicaStats]:
             return [replace(reading, model=model) for reading in FakeBackend().stats(model)]
 
     h = harness(backend=OneReplicaLies(down={"small"}))
@@ -207,7 +208,7 @@ async def test_the_answer_of_a_substitute_is_not_cached(
     model: str, policy: FixedPolicy | None, stats_lie: bool
 ) -> None:
     class Backend(FakeBackend):
-        def stats(self, model: str):  # type: ignore[no-untyped-def, override]
+        def stats(self, model: str) -> Sequence[ReplicaStats]:
             return FakeBackend().stats(model) if stats_lie else super().stats(model)
 
     models = (replace(MODELS[0], fallbacks=("large",)), MODELS[1])
@@ -270,7 +271,7 @@ async def test_siblings_keep_their_order_and_are_counted_once() -> None:
 
 async def test_one_failing_sibling_fails_the_answer_and_stops_the_others() -> None:
     class SecondFails(FakeBackend):
-        async def stream_once(self, request):  # type: ignore[no-untyped-def, override]
+        async def stream_once(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
             if request.request_id.endswith("-1"):
                 raise EngineError("sampling failed")
             async for chunk in super().stream_once(request):

@@ -7,15 +7,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-from fake_backend import FakeBackend
-from gateway_harness import Exchange, Harness, harness
 
 import router.server
 from cache.decision import ThresholdDecision
@@ -23,41 +19,13 @@ from cache.index import VectorIndex
 from cache.semantic_cache import CacheSettings, SemanticCache
 from cache.store import SqliteStore
 from router.server import CacheClient
+from tests.cache.cache_fakes import WordEmbedder
+from tests.cache.test_cache_client import InProcessHandle
+from tests.router.fake_backend import FakeBackend
+from tests.router.gateway_harness import Exchange, Harness, harness
 
 LEASE_S = 0.4
 COMPLETION = {"model": "small", "prompt": "four", "seed": 3, "temperature": 0, "max_tokens": 40}
-
-
-class NoEmbedder:
-    """Completions have no text to compare."""
-
-    name = "none"
-    dim = 8
-
-    def embed(self, texts: Sequence[str]) -> tuple[np.ndarray[Any, Any], list[int], list[bool]]:
-        raise AssertionError("nothing here is compared")
-
-    def fits(self, text: str) -> bool:
-        raise AssertionError("nothing here is compared")
-
-
-class InProcessHandle:
-    """What the client uses of a Serve handle."""
-
-    def __init__(self, cache: SemanticCache) -> None:
-        self._cache = cache
-
-    def __getattr__(self, method: str) -> Any:
-        return SimpleNamespace(remote=lambda *args: asyncio.ensure_future(getattr(self._cache, method)(*args)))
-
-    def options(self, **options: Any) -> InProcessHandle:
-        return self
-
-    def broadcast(self, method: str) -> Any:
-        async def results_async(**options: Any) -> list[Any]:
-            return [getattr(self._cache, method)()]
-
-        return SimpleNamespace(results_async=results_async)
 
 
 @contextlib.asynccontextmanager
@@ -65,11 +33,11 @@ async def gateway_with_cache(
     folder: Path, monkeypatch: pytest.MonkeyPatch, stall_after: int | None
 ) -> AsyncIterator[tuple[Harness, SemanticCache]]:
     monkeypatch.setattr(router.server, "RENEWAL_PERIOD_S", LEASE_S / 8)
-    store, index = SqliteStore(str(folder / "cache.sqlite")), VectorIndex(NoEmbedder.dim)
+    store, embedder = SqliteStore(str(folder / "cache.sqlite")), WordEmbedder()
     settings = CacheSettings(flight_lease_s=LEASE_S)
-    cache = SemanticCache(store, NoEmbedder(), index, ThresholdDecision(0.9), settings)
+    cache = SemanticCache(store, embedder, VectorIndex(embedder.dim), ThresholdDecision(0.9), settings)
     await cache.start()
-    client = CacheClient(InProcessHandle(cache))  # type: ignore[arg-type]
+    client = CacheClient(InProcessHandle(cache))
     await client.start()
     h = harness(backend=FakeBackend(stall_after=stall_after), cache_client=client)
     try:

@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 import regex  # type: ignore[import-untyped]
-from bundled_vocabulary import (
-    bundled_fields,
-    bundled_gguf,
-    bundled_tokenizer,
-    sentencepiece_fields,
-    sentencepiece_tokenizer,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replicas.engine.token_text import byte_alphabet
 from replicas.engine.tokenizer import Tokenizer
 from replicas.types import ChatPrompt, InvalidRequest
+from tests.replicas.engine.bundled_vocabulary import (
+    bundled_fields,
+    bundled_gguf,
+    bundled_tokenizer,
+    sentencepiece_fields,
+    sentencepiece_tokenizer,
+)
 
 TEXTS = [
     "",
