@@ -249,7 +249,8 @@ def test_bytes_that_are_no_request(http: httpx.Client, content: bytes) -> None:
 
 
 def test_too_large_unknown_and_wrong_method(http: httpx.Client) -> None:
-    assert http.post("/v1/completions", content=b"x" * (5 * 2**20)).status_code == 413
+    too_large, as_json = b"x" * (5 * 2**20), {"content-type": "application/json"}
+    assert http.post("/v1/completions", content=too_large, headers=as_json).status_code == 413
     assert http.get("/v1/nothing").json()["error"]["message"]
     wrong = http.get("/v1/chat/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
