@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cache.decision import Decision
-from cache.embedder import Embedded, MicroBatcher, TextEmbedder
+from cache.embedder import Embedded, MicroBatcher, TextEmbedder, Vectors
 from cache.entries import Entries
 from cache.flights import Flights
 from cache.gate import MAX_CHARS, objection
@@ -44,7 +44,7 @@ class CacheSettings:
     max_entries: int = 50_000
     max_bytes: int = 512 * 2**20
     flight_lease_s: float = FLIGHT_LEASE_S
-    embedding_timeout_s: float = 0.25
+    embedding_timeout_s: float = 1.0
     """A lookup that has no embedding by then is a miss: who asks waits for it before a model may begin."""
     upkeep_interval_s: float = 5.0
     """How often expired entries are removed, times of use written to the store, and the bounds enforced on what other
@@ -292,9 +292,7 @@ class SemanticCache:
             self._flights.settle(query.exact_key, miss.flight, hit)
 
     async def _keep(self, query: CacheQuery, miss: CacheMiss, answer: CachedAnswer) -> None:
-        embedding = None
-        if query.text is not None and miss.embedding is not None and self._is_read_whole(query.text):
-            embedding = np.asarray(miss.embedding, np.float32)
+        embedding = await self._embedding_to_keep(query.text, miss)
         now_s = self._clock()
         entry = Entry(
             key=query.exact_key,
@@ -327,6 +325,15 @@ class SemanticCache:
             self._counts["stored"] += 1
             self._evict()
             await self._delete_doomed()
+
+    async def _embedding_to_keep(self, text: str | None, miss: CacheMiss) -> Vectors | None:
+        """A lookup that had no time for it has left it to be made now."""
+        if text is None or not self._is_read_whole(text):
+            return None
+        if miss.embedding is not None:
+            return np.asarray(miss.embedding, np.float32)
+        embedded = await self._embed_question(text)
+        return None if embedded is None else embedded.vector
 
     def _is_read_whole(self, text: str) -> bool:
         """By the embedder and by the gate."""

@@ -243,6 +243,20 @@ async def test_a_slow_embedder_makes_misses_in_time(store: SqliteStore, clock: C
         assert (cache.stats().num_flights, cache.stats().num_waiters) == (0, 0)
 
 
+async def test_an_embedding_that_came_too_late_for_the_lookup_is_made_for_the_entry(
+    store: SqliteStore, clock: Clock
+) -> None:
+    embedder = WordEmbedder()
+    async with running(store, clock, embedder, embedding_timeout_s=0.05) as cache:
+        embedder.delay_s = 0.2
+        miss = await misses(cache, ask("what is a mill race"))
+        assert miss.embedding is None
+        await asyncio.sleep(0.2)
+        embedder.delay_s = 0.0
+        await cache.store(ask("what is a mill race"), miss, answer())
+        assert hit(await cache.lookup(ask("What is a mill race?"))).kind == "hit-semantic"
+
+
 async def test_a_store_outlives_its_caller(store: SqliteStore, clock: Clock) -> None:
     async with running(store, clock) as cache:
         query = ask("a question")
