@@ -5,7 +5,7 @@
 Each request is drawn from everything a client may send, nonsense included; about a third is abandoned before, amid or
 after its first bytes. Afterwards `/metrics` must report, for every replica, nothing running, every block free and an
 intact block table. With `--pid` of the server's process the memory of its whole tree is sampled; the second half of the
-run may not grow beyond the first by more than `--max-growth`. Ends with one JSON line; exits 1 if a promise is broken.
+run may not grow by more than `--max-growth`. Ends with one JSON line; exits 1 if a promise is broken.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -48,7 +49,7 @@ def random_body(rng: random.Random, model: str) -> dict[str, Any]:
     body: dict[str, Any] = {"model": model, "prompt": " ".join(rng.choices(words, k=rng.randint(1, 120)))}
     body["max_tokens"] = rng.choice([1, 2, 8, 24, 48])
     body["stream"] = rng.random() < 0.6
-    optional = {
+    optional: dict[str, Callable[[], object]] = {
         "temperature": lambda: rng.choice([0, 0.3, 1, 2]),
         "top_p": lambda: rng.choice([0.1, 0.9, 1]),
         "top_k": lambda: rng.choice([-1, 1, 40]),
@@ -122,7 +123,8 @@ async def sample_memory(pid: int | None, samples: list[float]) -> None:
 
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:
-    rng, outcomes, memory = random.Random(args.seed), Counter[str](), []
+    rng, outcomes = random.Random(args.seed), Counter[str]()
+    memory: list[float] = []
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=args.url, timeout=300, limits=limits) as client:
         sampler = asyncio.create_task(sample_memory(args.pid, memory))
@@ -137,9 +139,9 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         elapsed_s = time.perf_counter() - started
         idle, intact = await wait_for_idle(client)
         sampler.cancel()
-    half = len(memory) // 2
-    # The first quarter warms allocators and caches; growth is the second half against the rest of the first.
-    growth = float(np.median(memory[half:]) / np.median(memory[half // 2 : half]) - 1) if half >= 8 else 0.0
+    # The first half warms allocators and caches; growth is the last quarter against the third.
+    half, quarter = len(memory) // 2, len(memory) // 4
+    growth = float(np.median(memory[-quarter:]) / np.median(memory[half:-quarter]) - 1) if quarter >= 4 else 0.0
     return {
         "requests": args.requests,
         "seconds": round(elapsed_s, 1),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache.types import CachedAnswer, CacheMiss, CacheQuery, LookupResult
+from replicas.logs import log_like_serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class CacheServerConfig:
 
 class CacheServer:
     async def __init__(self, config: CacheServerConfig) -> None:  # type: ignore[misc]
+        log_like_serve("cache")
         # Imported here: a gateway reads this module for the deployment's name and must load no torch.
         from cache.decision import ThresholdDecision
         from cache.embedder import Embedder, EmbedderConfig

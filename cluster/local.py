@@ -33,6 +33,7 @@ from cluster.placement import (
     threads_per_replica,
     total_cpus,
 )
+from replicas.engine.kernels.cpu.build import KernelsUnavailable, library_path
 from replicas.engine.models.source import find_on_this_machine
 
 GIB = 2**30
@@ -57,6 +58,10 @@ class LocalCluster:
     on_phase: Callable[[str], None]
     phases_s: dict[str, float] = field(default_factory=dict)
     ray_token: str | None = None
+    kernels: dict[str, list[str]] = field(default_factory=dict)
+    """By model, what its replicas compute with."""
+    why_no_kernels: str | None = None
+    """Why plain torch has to compute on the CPU."""
 
     def __enter__(self) -> LocalCluster:
         return self
@@ -81,6 +86,7 @@ class LocalCluster:
         """Returns once the endpoint answers. Raises StartError or Interrupted."""
         check_machine(self.config)
         self.ray_token = prepare_environment()
+        self._compile_kernels()
         with self._phase("Ray"):
             self._start_ray()
         with self._phase("Ray Serve"):
@@ -89,6 +95,14 @@ class LocalCluster:
             self._deploy()
         with self._phase("endpoint"):
             self._wait_until_ready()
+
+    def _compile_kernels(self) -> None:
+        """Before the replicas do, so that the wait has a name and a failure is said here."""
+        if any(model.engine.device in ("auto", "cpu") for model in self.config.models):
+            try:
+                library_path(on_compile=lambda: self.on_phase("the compilation of the CPU kernels, once"))
+            except KernelsUnavailable as error:
+                self.why_no_kernels = str(error)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -164,7 +178,9 @@ class LocalCluster:
         with httpx.Client(timeout=5.0) as client:
             while time.monotonic() < deadline:
                 with contextlib.suppress(httpx.HTTPError):
-                    if client.get(f"{self.url}/ready").status_code == 200:
+                    answer = client.get(f"{self.url}/ready")
+                    if answer.status_code == 200:
+                        self.kernels = {model["id"]: model["kernels"] for model in answer.json()["models"]}
                         return
                 if self.stop_requested.wait(0.1):
                     raise Interrupted

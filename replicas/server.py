@@ -18,6 +18,7 @@ from ray.util import metrics
 
 from replicas.engine.async_engine import AsyncEngine
 from replicas.engine.config import EngineConfig
+from replicas.logs import log_like_serve
 from replicas.types import Chunk, GenerateRequest, Prompt, ReplicaStats
 
 logger = logging.getLogger("ray.serve")
@@ -31,6 +32,7 @@ class ModelServer:
     """Each constructor argument is a plain value, so that a change of any of them is a rolling update."""
 
     async def __init__(self, model_id: str, config: EngineConfig) -> None:  # type: ignore[misc]
+        log_like_serve("replicas")
         # Serve awaits an async constructor; the replica is ready when it returns.
         self._engine = AsyncEngine.from_config(config, model_id)
         await self._engine.start()

@@ -15,6 +15,8 @@ _CPU_SHARE = 0.25
 """Of the memory that is free when the cache is made."""
 _CPU_USUAL_BYTES = GIB
 _CPU_MAX_BYTES = 4 * GIB
+_SLACK_VALUES = 64
+"""Kernels read whole vectors: the last head's last one may reach beyond the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +84,11 @@ def allocate(shape: KVShape, num_blocks: int, device: torch.device) -> Tensor:
     """
     size = (shape.num_layers, 2, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
     try:
-        return torch.zeros(size, dtype=shape.dtype, device=device)
+        num_values = num_blocks * shape.block_bytes // shape.dtype.itemsize
+        values = torch.zeros(num_values + _SLACK_VALUES, dtype=shape.dtype, device=device)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise ValueError(
             f"no memory for a KV cache of {num_blocks} blocks ({num_blocks * shape.block_bytes / GIB:.2f} GiB) "
             f"on {device}; set num_blocks or memory_bytes lower"
         ) from error
+    return values[:num_values].view(size)

@@ -1,4 +1,4 @@
-"""One step on one rank: numpy columns become tensors, tokens become logits, logits become drawn tokens.
+"""One step on one rank: tokens become logits, logits become drawn tokens.
 
 Knows the model, the cache tensor and the sampler; not why a request is in the batch.
 """
@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from replicas.engine.batch import Batch, SamplingColumns, StepOutput
-from replicas.engine.kernels import AttentionPlan
 from replicas.engine.models.transformer import Transformer
 
 
@@ -28,61 +25,12 @@ class DrawTokens(Protocol):
 class ModelRunner:
     """Owns nothing but the way: model and cache are the worker's."""
 
+    @torch.inference_mode()
     def __init__(self, model: Transformer, kv_cache: Tensor, sampler: DrawTokens) -> None:
-        self.model = model
-        self.kv_cache = kv_cache
         self.sampler = sampler
-        self.block_size = kv_cache.shape[4]
-        self.device = kv_cache.device
+        self._forward = model.kernels.compile(model, kv_cache)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
         """Raises whatever the forward pass raises: then the whole step failed."""
-        self._clear_fresh_tails(batch)
-        logits = self.compute_logits(batch)
-        return self.sampler.sample(logits, batch.sampling)
-
-    @torch.inference_mode()
-    def compute_logits(self, batch: Batch) -> Tensor:
-        """(num_samples, vocab_size): of the last pending token of each sampled request."""
-        last_rows = batch.query_start_loc[1:] - 1
-        hidden = self.model(
-            self._tensor(batch.token_ids),
-            self._tensor(batch.positions),
-            self.kv_cache,
-            self._plan(batch),
-            self._tensor(last_rows[batch.sampled_requests].astype(np.int64)),
-        )
-        return self.model.logits(hidden)
-
-    def _plan(self, batch: Batch) -> AttentionPlan:
-        return AttentionPlan(
-            query_start_loc=self._tensor(batch.query_start_loc),
-            seq_lens=self._tensor(batch.seq_lens),
-            block_tables=self._tensor(batch.block_tables),
-            slot_mapping=self._tensor(batch.slot_mapping),
-            query_lens_host=tuple(np.diff(batch.query_start_loc).tolist()),
-            seq_lens_host=tuple(batch.seq_lens.tolist()),
-        )
-
-    def _clear_fresh_tails(self, batch: Batch) -> None:
-        """Zero the blocks that this step begins and leaves partly filled.
-
-        So the unwritten slots of a held block are zero in every layer, and what a former owner left there (NaN, for
-        one) never reaches a masked product.
-        """
-        blocks = _fresh_partial_blocks(batch, self.block_size)
-        if len(blocks):
-            self.kv_cache.index_fill_(2, self._tensor(blocks), 0)
-
-    def _tensor(self, column: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(column)).to(self.device, non_blocking=True)
-
-
-def _fresh_partial_blocks(batch: Batch, block_size: int) -> NDArray[np.int64]:
-    seq_lens = batch.seq_lens.astype(np.int64)
-    last_block = (seq_lens - 1) // block_size
-    num_computed = seq_lens - np.diff(batch.query_start_loc)
-    is_fresh = (num_computed <= last_block * block_size) & (seq_lens % block_size != 0)
-    requests = np.flatnonzero(is_fresh)
-    return batch.block_tables[requests, last_block[requests]].astype(np.int64)
+        return self.sampler.sample(self._forward(batch), batch.sampling)

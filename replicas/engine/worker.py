@@ -16,7 +16,7 @@ import torch
 from replicas.engine.batch import Batch, SamplingColumns, StepOutput
 from replicas.engine.config import EngineConfig, ModelConfig
 from replicas.engine.host import available_memory_bytes, usable_cores
-from replicas.engine.kernels import select_kernels
+from replicas.engine.kernels import Kernels, select_kernels
 from replicas.engine.kv_cache import KVShape, allocate, choose_num_blocks, cpu_budget_bytes
 from replicas.engine.model_runner import ModelRunner
 from replicas.engine.models.loader import ModelInfo, load_weights, open_checkpoint
@@ -67,8 +67,11 @@ class Worker:
         self.info = info
         self.device = select_device(config.model.device)
         self.dtype = select_dtype(config.model, info.transformer.dtype)
-        self.kernels = select_kernels(self.device, config.model.kernels)
-        self.method = select_method(config.model.quantization)
+        self.num_threads = config.num_threads or usable_cores()
+        self.kernels = select_kernels(
+            self.device, self.dtype, config.cache.block_size, self.num_threads, config.model.kernels
+        )
+        self.method = select_method(config.model.quantization, self.kernels)
         self.phases_s: dict[str, float] = {}
 
     def start(self) -> int:
@@ -82,7 +85,7 @@ class Worker:
             with torch.device(self.device):
                 self.model = Transformer(transformer, self.kernels, self.method, self.method)
             load_weights(self.model, checkpoint)
-        torch.set_num_threads(self.config.num_threads or usable_cores())
+        torch.set_num_threads(self.num_threads)
         with self._phase("trial_step"):
             workspace_bytes = self._run_largest_step()
         with self._phase("kv_cache"):
@@ -97,7 +100,7 @@ class Worker:
         from replicas.engine.sampler import Sampler
 
         cache = allocate(self._kv_shape(), num_blocks, self.device)
-        return ModelRunner(self.model, cache, Sampler(self.info.vocab_size, self.device))
+        return ModelRunner(self.model, cache, Sampler(self.info.vocab_size, self.device, self.kernels))
 
     def _kv_shape(self) -> KVShape:
         return KVShape.of(self.info.transformer, self.config.cache, self.dtype)
@@ -163,11 +166,11 @@ def select_dtype(config: ModelConfig, checkpoint: str) -> torch.dtype:
     return dtype
 
 
-def select_method(quantization: str | None) -> LinearMethod:
+def select_method(quantization: str | None, kernels: Kernels) -> LinearMethod:
     """Raises ValueError naming the choices."""
     if quantization is not None:
         raise ValueError(f"quantization {quantization!r} is not supported; leave it unset")
-    return UnquantizedLinear()
+    return UnquantizedLinear(kernels)
 
 
 def _trial_batch(num_seqs: int, num_tokens: int, max_len: int, block_size: int) -> Batch:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cache_fakes import Clock, RedisServer
+
+from tests.cache.cache_fakes import Clock, RedisServer
 
 
 @pytest.fixture

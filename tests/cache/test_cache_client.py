@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cache_fakes import Clock, WordEmbedder
 
 import router.server
 from cache.decision import ThresholdDecision
@@ -19,6 +18,7 @@ from cache.semantic_cache import CacheSettings, SemanticCache
 from cache.store import SqliteStore
 from cache.types import CachedAnswer, CacheHit, CacheMiss, CacheQuery
 from router.server import CacheClient
+from tests.cache.cache_fakes import Clock, WordEmbedder
 
 QUERY = CacheQuery("p/why", "p", "why")
 
@@ -50,7 +50,7 @@ async def connected(folder: Path, **settings: Any) -> AsyncIterator[tuple[CacheC
     decision = ThresholdDecision(0.8)
     cache = SemanticCache(store, embedder, VectorIndex(embedder.dim), decision, CacheSettings(**settings), Clock())
     await cache.start()
-    client = CacheClient(InProcessHandle(cache))  # type: ignore[arg-type]
+    client = CacheClient(InProcessHandle(cache))
     await client.start()
     try:
         yield client, cache
@@ -66,7 +66,8 @@ async def test_a_long_answer_keeps_its_flight(tmp_path: Path, monkeypatch: pytes
         miss = await client.lookup(QUERY)
         assert isinstance(miss, CacheMiss)
         waiters = [asyncio.create_task(client.lookup(QUERY)) for _ in range(5)]
-        await asyncio.sleep(1.5)  # three leases
+        with client.awaiting(miss):
+            await asyncio.sleep(1.5)  # three leases
         assert not any(waiter.done() for waiter in waiters)
         await client.store(QUERY, miss, CachedAnswer("Because.", "model", 5, 2, 0.001))
         hits = await asyncio.gather(*waiters)

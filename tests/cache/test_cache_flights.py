@@ -45,7 +45,7 @@ async def test_an_abandoned_flight_goes_to_one_waiter() -> None:
     flights.abandon(token)  # outdated: nothing happens
     assert flights.leads(heir)
     flights.settle("key", heir, HIT)
-    assert await asyncio.gather(waiters[0], waiters[2]) == [HIT, HIT]
+    assert await asyncio.gather(*waiters[::2]) == [HIT, HIT]
 
 
 async def test_the_lease_of_a_dead_leader_ends() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_fakes import RedisServer
 
 from cache.store import Change, Entry, RedisStore, SqliteStore, Store, StoreError, StoreUnavailable
 from cache.types import CachedAnswer
+from tests.cache.cache_fakes import RedisServer
 
 
 def entry(
@@ -22,7 +22,7 @@ def entry(
 ) -> Entry:
     now_s = time.time()
     answer = CachedAnswer(f"answer to {key} \ud800 é", "model", 3, 4, 0.25, stop_reason="END")
-    vector = None if text is None else np.arange(8, dtype=np.float32) / 7
+    vector = None if text is None else np.arange(8, dtype=np.float32) / np.float32(7)
     embedder = None if text is None else "words"
     return Entry(key, version, "partition", text, answer, embedder, vector, now_s, now_s + ttl_s, used)
 
@@ -184,7 +184,8 @@ async def test_lost_redis_fails_soon_and_heals(redis_server: RedisServer) -> Non
                 with pytest.raises(StoreUnavailable):
                     await store.get("a")
             assert time.monotonic() - start_s < 1.0
-            assert not store.is_up
+            was_up = store.is_up  # asserted by itself, the property would be False to mypy from here on
+            assert not was_up
             redis_server.start()
             assert await next_change == Change("resync")  # the new server has an empty log
             assert store.is_up

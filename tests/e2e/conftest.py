@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -49,9 +51,9 @@ class Server:
         return found
 
 
-def start_server(config: dict[str, object], folder: Path, environment: dict[str, str] | None = None) -> Server:
+def start_server(config: Mapping[str, Any], folder: Path, environment: dict[str, str] | None = None) -> Server:
     port, dashboard_port = free_port(), free_port()
-    server = dict(config.get("server", {}))  # type: ignore[call-overload]
+    server = config.get("server", {})
     config = {**config, "server": {**server, "port": port, "dashboard_port": dashboard_port}}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -101,9 +103,9 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def wait_until(condition: object, timeout_s: float = 30, period_s: float = 0.1) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30, period_s: float = 0.1) -> None:
     deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         time.sleep(period_s)
 
@@ -156,9 +158,7 @@ def http(server: Server) -> Iterator[httpx.Client]:
         yield client
 
 
-def _kill_after(process: subprocess.Popen[str], seconds: float) -> object:
-    import threading
-
+def _kill_after(process: subprocess.Popen[str], seconds: float) -> threading.Timer:
     timer = threading.Timer(seconds, process.kill)
     timer.daemon = True
     timer.start()

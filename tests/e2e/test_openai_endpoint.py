@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 from tests.e2e.conftest import Server
 
 pytestmark = pytest.mark.e2e
 
 MODEL = "smollm2-135m"
-QUESTION = [{"role": "user", "content": "Name the capital of France."}]
+QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Name the capital of France."}]
 NO_CACHE = {"cache-control": "no-cache, no-store"}
 
 
@@ -35,7 +37,7 @@ def test_chat(client: OpenAI) -> None:
         model=MODEL,
         messages=QUESTION,
         temperature=0,
-        max_completion_tokens=24,  # type: ignore[arg-type]
+        max_completion_tokens=24,
     )
     answer = raw.parse()
     assert "Paris" in (answer.choices[0].message.content or "")
@@ -51,14 +53,14 @@ def test_chat(client: OpenAI) -> None:
 
 
 def test_chat_stream_is_the_whole_answer_in_pieces(client: OpenAI) -> None:
-    whole = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=40)  # type: ignore[arg-type]
+    whole = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=40)
     stream = client.chat.completions.create(
         model=MODEL,
         messages=QUESTION,
         temperature=0,
         max_tokens=40,
         stream=True,
-        stream_options={"include_usage": True},  # type: ignore[arg-type]
+        stream_options={"include_usage": True},
     )
     chunks = list(stream)
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
@@ -89,9 +91,11 @@ def test_chat_logprobs_have_the_alternatives(client: OpenAI) -> None:
         temperature=0,
         max_tokens=5,
         logprobs=True,
-        top_logprobs=3,  # type: ignore[arg-type]
+        top_logprobs=3,
     )
-    content = answer.choices[0].logprobs.content  # type: ignore[union-attr]
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    content = logprobs.content
     assert content is not None
     assert len(content) == 5
     for token in content:
@@ -119,7 +123,7 @@ def test_vllm_parameters(client: OpenAI) -> None:
         "min_tokens": 9,
         "stop_token_ids": [0],
     }
-    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=10, seed=1, extra_body=extra)  # type: ignore[arg-type]
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=10, seed=1, extra_body=extra)
     assert answer.usage is not None
     assert answer.usage.completion_tokens in (9, 10)
 
@@ -133,7 +137,7 @@ def test_logit_bias_and_penalties(client: OpenAI, http: httpx.Client) -> None:
         messages=QUESTION,
         temperature=0,
         max_tokens=20,
-        logit_bias={str(token): -100},  # type: ignore[arg-type]
+        logit_bias={str(token): -100},
         presence_penalty=0.5,
         frequency_penalty=0.5,
         user="somebody",
@@ -159,7 +163,7 @@ def test_tokenize_round_trip(http: httpx.Client) -> None:
 
 
 def test_auto_takes_the_cheapest_capable(client: OpenAI) -> None:
-    raw = client.chat.completions.with_raw_response.create(model="auto", messages=QUESTION, max_tokens=2)  # type: ignore[arg-type]
+    raw = client.chat.completions.with_raw_response.create(model="auto", messages=QUESTION, max_tokens=2)
     assert raw.headers["x-millrace-model"] == MODEL, "tiny is cheaper, but not good enough"
     assert raw.headers["x-millrace-route-reason"] == "cheapest-capable"
 
@@ -186,18 +190,18 @@ async def test_deltas_concatenate_to_the_whole_text_for_500_random_requests(serv
 
         async def check(i: int) -> None:
             prompt = "".join(rng.choices("abc 東🙂é\n", k=rng.randint(1, 30)))
-            base = {"model": "tiny", "prompt": prompt, "seed": i, "max_tokens": rng.randint(1, 40)}
+            base: dict[str, Any] = {"model": "tiny", "prompt": prompt, "seed": i, "max_tokens": rng.randint(1, 40)}
             base |= {"temperature": rng.choice([0, 0.7, 1.5]), "top_p": rng.choice([1, 0.9])}
             async with gate:
-                free = await client.completions.create(**base)  # type: ignore[call-overload]
+                free = await client.completions.create(**base)
                 text = free.choices[0].text
                 at = rng.randrange(max(1, len(text) - 2))
                 stop = text[at : at + rng.randint(1, 4)]
                 # U+FFFD may stand for bytes that a later token completes: no stop string can be found in it.
                 if stop and "\ufffd" not in stop and rng.random() < 0.8:
                     base["stop"] = [stop, "zzz"]
-                whole = await client.completions.create(**base)  # type: ignore[call-overload]
-                stream = await client.completions.create(**base, stream=True)  # type: ignore[call-overload]
+                whole = await client.completions.create(**base)
+                stream = await client.completions.create(**base, stream=True)
                 pieces = [c.choices[0] async for c in stream if c.choices]
             assert "".join(p.text for p in pieces) == whole.choices[0].text
             assert pieces[-1].finish_reason == whole.choices[0].finish_reason
@@ -232,9 +236,9 @@ def test_bad_input_names_the_field(http: httpx.Client, body: dict[str, object], 
 
 def test_the_client_raises_its_own_errors(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="nope", messages=QUESTION)  # type: ignore[arg-type]
+        client.chat.completions.create(model="nope", messages=QUESTION)
     with pytest.raises(openai.BadRequestError, match="temperature"):
-        client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=9)  # type: ignore[arg-type]
+        client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=9)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b"[]", b"", b'{"model": "tiny", "messages": "\xed\xa0\x80"}'])
@@ -245,7 +249,8 @@ def test_bytes_that_are_no_request(http: httpx.Client, content: bytes) -> None:
 
 
 def test_too_large_unknown_and_wrong_method(http: httpx.Client) -> None:
-    assert http.post("/v1/completions", content=b"x" * (5 * 2**20)).status_code == 413
+    too_large, as_json = b"x" * (5 * 2**20), {"content-type": "application/json"}
+    assert http.post("/v1/completions", content=too_large, headers=as_json).status_code == 413
     assert http.get("/v1/nothing").json()["error"]["message"]
     wrong = http.get("/v1/chat/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")

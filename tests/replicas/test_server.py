@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.util import metrics
 
 from replicas import server
 from replicas.server import ModelServer, ReplicaMetrics
@@ -32,7 +33,7 @@ class RecordedMetric:
 def observed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     RecordedMetric.observed = {}
     for kind in ("Gauge", "Counter", "Histogram"):
-        monkeypatch.setattr(server.metrics, kind, RecordedMetric)
+        monkeypatch.setattr(metrics, kind, RecordedMetric)
     return RecordedMetric.observed
 
 
@@ -41,10 +42,10 @@ def final_chunk(num_completion_tokens: int) -> Chunk:
 
 
 def test_a_resumed_answer_counts_the_tokens_drawn_here(observed: dict[str, list[float]]) -> None:
-    metrics = ReplicaMetrics("m")
-    metrics.record(final_chunk(105), num_resumed=100, started=0.0, first=1.0, last=3.0)
-    metrics.record(final_chunk(101), num_resumed=100, started=0.0, first=1.0, last=1.0)
-    metrics.record(final_chunk(5), num_resumed=0, started=0.0, first=1.0, last=2.0)
+    of_replica = ReplicaMetrics("m")
+    of_replica.record(final_chunk(105), num_resumed=100, started=0.0, first=1.0, last=3.0)
+    of_replica.record(final_chunk(101), num_resumed=100, started=0.0, first=1.0, last=1.0)
+    of_replica.record(final_chunk(5), num_resumed=0, started=0.0, first=1.0, last=2.0)
     assert observed["vllm_request_time_per_output_token_seconds"] == [0.5, 0.25]
     assert observed["vllm_request_generation_tokens"] == [5, 1, 5]
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 import httpx2
-from fake_backend import FakeBackend, FakeCache
 from fastapi import FastAPI
 from openai import AsyncOpenAI
+from starlette.types import Message
 
 from router.app import create_app
 from router.catalog import Catalog, ModelEntry, Price
@@ -25,6 +25,7 @@ from router.metrics import GatewayMetrics
 from router.policy import CheapestCapablePolicy, RoutingPolicy
 from router.quality import FirstEstimate
 from router.settings import FailoverSettings, GatewaySettings
+from tests.router.fake_backend import FakeBackend, FakeCache
 
 MODELS = (
     ModelEntry("small", Price(1.0, 4.0, cached_usd=0.1), quality=0.55, aliases=("tiny",), created=1),
@@ -73,13 +74,14 @@ def harness(
     policy: RoutingPolicy | None = None,
     models: tuple[ModelEntry, ...] = MODELS,
     with_cache: bool = True,
+    cache_client: Cache | None = None,
     settings: Mapping[str, Any] | None = None,
     backend: FakeBackend | None = None,
 ) -> Harness:
     chosen = GatewaySettings(**{"embedder": EMBEDDER, "failover": QUICK, **(settings or {})})
     backend = backend or FakeBackend()
     cache = FakeCache()
-    used: Cache | None = cache if with_cache else None
+    used: Cache | None = (cache_client or cache) if with_cache else None
     metrics = GatewayMetrics([model.id for model in models], backend.stats)
     gateway = Gateway(
         backend, used, Catalog(models), policy or CheapestCapablePolicy(0.7), FirstEstimate(), chosen, metrics
@@ -126,14 +128,14 @@ class Exchange:
         }
         await self.app(scope, self._receive, self._send)
 
-    async def _receive(self) -> dict[str, Any]:
+    async def _receive(self) -> Message:
         if not self._is_sent:
             self._is_sent = True
             return {"type": "http.request", "body": self.body, "more_body": False}
         await self._gone.wait()
         return {"type": "http.disconnect"}
 
-    async def _send(self, message: dict[str, Any]) -> None:
+    async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.reply_headers = {name.decode(): value.decode() for name, value in message["headers"]}

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
-from fake_backend import FakeBackend, answer_chunks, answer_text, answer_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replicas.engine.sampling_params import SamplingParams
-from replicas.types import ChatPrompt, Chunk, EngineError, GenerateRequest, ReplicaUnavailable
-from router.failover import ATTEMPTS_BEFORE_FALLBACK, resumed_stream
+from replicas.types import ChatPrompt, Chunk, EngineError, GenerateRequest, Overloaded, ReplicaUnavailable
+from router.failover import ATTEMPTS_BEFORE_FALLBACK, close, resumed_stream
 from router.settings import FailoverSettings
+from tests.router.fake_backend import FakeBackend, answer_chunks, answer_text, answer_tokens
 
 SETTINGS = FailoverSettings(
-    max_attempts_before_first_token=4, max_attempts_amid_answer=6, first_wait_s=1.0, max_wait_s=3.0
+    max_attempts_before_first_token=4,
+    max_attempts_amid_answer=6,
+    max_losses=100,
+    first_wait_s=1.0,
+    max_wait_s=3.0,
 )
 
 
@@ -36,13 +41,13 @@ async def run(backend: FakeBackend, request: GenerateRequest) -> tuple[list[Chun
     return chunks, waits, len(resumptions)
 
 
-async def waits_until_given_up(deaths: list[int | None]) -> list[float]:
+async def waits_until_given_up(deaths: list[int]) -> list[float]:
     waits: list[float] = []
 
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    backend = FakeBackend(deaths=deaths)
+    backend = FakeBackend(deaths=list(deaths))
     with pytest.raises(ReplicaUnavailable, match="No replica of 'small'"):
         _ = [chunk async for chunk in resumed_stream(backend, a_request("four", 3), SETTINGS, sleep=sleep)]
     assert len(backend.attempts) == len(waits) + 1
@@ -115,6 +120,44 @@ async def test_with_another_model_at_hand_it_gives_up_sooner() -> None:
     assert len(backend.attempts) == ATTEMPTS_BEFORE_FALLBACK
 
 
+@pytest.mark.parametrize(
+    "deaths", [[1] * 30, [3] + [0] * 30, [2, 0, 1, 0, 3, 1]], ids=["each time", "at one token", "mixed"]
+)
+async def test_a_request_may_cost_a_bounded_number_of_replicas(deaths: list[int | None]) -> None:
+    backend = FakeBackend(deaths=list(deaths))
+    stream = resumed_stream(backend, a_request("four", 3), FailoverSettings(first_wait_s=0.0, max_wait_s=0.0))
+    with pytest.raises(EngineError, match="5 replicas of 'small' were lost"):
+        _ = [chunk async for chunk in stream]
+    assert len(backend.attempts) == 5
+
+
+async def test_waiting_for_a_replacement_is_no_loss() -> None:
+    request = a_request("four", 3)
+    backend = FakeBackend(deaths=[3])
+
+    async def sleep(seconds: float) -> None:
+        backend.down = set() if len(backend.attempts) > 20 else {"small"}
+
+    chunks = [chunk async for chunk in resumed_stream(backend, request, FailoverSettings(), sleep=sleep)]
+    assert "".join(chunk.text for chunk in chunks) == answer_text(request)
+
+
+async def test_an_answer_that_has_begun_waits_for_a_place_at_a_full_replica() -> None:
+    request = a_request("four", 3)
+    backend = FakeBackend(deaths=[3], full=[False, True, True])
+    chunks, waits, _ = await run(backend, request)
+    assert "".join(chunk.text for chunk in chunks) == answer_text(request)
+    assert waits == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("deaths", [[], [0]])
+async def test_an_answer_that_has_not_begun_is_refused_by_a_full_replica(deaths: list[int | None]) -> None:
+    backend = FakeBackend(deaths=list(deaths), full=[False] * len(deaths) + [True])
+    with pytest.raises(Overloaded):
+        await run(backend, a_request())
+    assert len(backend.attempts) == len(deaths) + 1
+
+
 async def test_the_requests_own_error_is_not_retried() -> None:
     backend = FakeBackend(error_after=(2, EngineError("sampling failed")))
     with pytest.raises(EngineError):
@@ -127,7 +170,7 @@ async def test_an_answer_that_the_replica_aborts_or_drops_is_resumed() -> None:
     whole = answer_chunks(request)
 
     class Dropping(FakeBackend):
-        async def stream_once(self, request: GenerateRequest):  # type: ignore[no-untyped-def, override]
+        async def stream_once(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
             self.attempts.append(request)
             if len(self.attempts) == 1:
                 yield whole[0]
@@ -148,5 +191,5 @@ async def test_closing_the_stream_closes_the_attempt() -> None:
     stream = resumed_stream(backend, a_request("four", 3), SETTINGS)
     await anext(stream)
     assert backend.num_open == 1
-    await stream.aclose()  # type: ignore[attr-defined]
+    await close(stream)
     assert backend.num_open == 0

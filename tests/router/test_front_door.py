@@ -10,11 +10,11 @@ from typing import Any
 
 import openai
 import pytest
-from fake_backend import FakeBackend, an_idle_replica
-from gateway_harness import chat, harness
 
 from router.metrics import GatewayMetrics
 from router.settings import ApiKey
+from tests.router.fake_backend import FakeBackend, an_idle_replica
+from tests.router.gateway_harness import chat, harness
 
 KEYS = tuple(
     ApiKey(hashlib.sha256(key.encode()).hexdigest(), tenant) for key, tenant in (("key-a", "ann"), ("key-b", "ben"))
@@ -32,7 +32,7 @@ async def test_every_route_but_health_and_ready_needs_a_key(path: str) -> None:
             await client.get(path, headers={"authorization": "Bearer "}),
             await client.get(path, headers={"authorization": "Basic key-a"}),
             await client.get(path, headers={"x-api-key": "key-A"}),
-            await client.get(path, headers={"x-api-key": b"k\xff"}),
+            await client.get(path, headers={b"x-api-key": b"k\xff"}),
         ]
         passed = [
             await client.get(path, headers={"authorization": "Bearer key-a"}),
@@ -71,10 +71,10 @@ async def test_tenants_share_neither_cache_nor_blocks() -> None:
 async def test_request_ids(given: str, is_kept: bool) -> None:
     async with harness().http() as client:
         replies = [
-            await client.post(CHAT, json=chat(stream=stream), headers={"x-request-id": given.encode()})
+            await client.post(CHAT, json=chat(stream=stream), headers={b"x-request-id": given.encode()})
             for stream in (False, True)
         ]
-        replies.append(await client.get("/nowhere", headers={"x-request-id": given.encode()}))
+        replies.append(await client.get("/nowhere", headers={b"x-request-id": given.encode()}))
     for reply in replies:  # an id that is kept is sent back by whoever set it: Serve around us, or the client knows it
         assert ("x-request-id" not in reply.headers) == is_kept
         assert reply.headers.get("x-request-id", "").isascii()
@@ -103,6 +103,16 @@ async def test_one_log_line_a_request_without_keys_or_prompts(caplog: pytest.Log
     assert (requests["id-1"]["tenant"], requests["id-1"]["model"]) == ("ann", "small")
     assert [line["request_id"] for line in lines if line["event"] == "unexpected error"] == ["id-1"]
     assert not any(word in caplog.text for word in ("my secret prompt", "key-a", "key-wrong"))
+
+
+async def test_a_resumption_is_found_by_the_requests_id(caplog: pytest.LogCaptureFixture) -> None:
+    h = harness(backend=FakeBackend(deaths=[2]))
+    with caplog.at_level(logging.INFO):
+        async with h.http() as client:
+            reply = await client.post(CHAT, json=chat("four", seed=3), headers={"x-request-id": "id-1"})
+    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "millrace.gateway"]
+    (resumed,) = [line for line in lines if line["event"] == "resumed"]
+    assert (resumed["request_id"], resumed["response_id"]) == ("id-1", reply.json()["id"])
 
 
 async def test_ready_says_which_models_run() -> None:
@@ -138,6 +148,24 @@ async def test_metrics_count_what_happened() -> None:
     shown = {line.partition("{")[0].partition(" ")[0] for line in exposition.splitlines() if not line.startswith("#")}
     assert {name for name in shown if not name.endswith("_created")} <= names
     assert {"vllm:time_to_first_token_seconds_bucket", "millrace:resumptions_total"} <= names
+
+
+@pytest.mark.parametrize(
+    ("path", "route", "status"),
+    [
+        ("/docs", "/docs", 200),
+        ("/openapi.json", "/openapi.json", 200),
+        ("/docs-assets/swagger-ui.css", "/docs-assets/*", 200),
+        ("/docs-assets/none", "/docs-assets/*", 404),
+        ("/docs-assetsx", "unknown", 404),
+        ("/v1/models/small", "/v1/models/{model:path}", 200),
+    ],
+)
+async def test_every_route_has_a_count_of_its_own(path: str, route: str, status: int) -> None:
+    h = harness()
+    async with h.http() as client:
+        await client.get(path)
+    assert h.metric(f'millrace:http_requests_total{{route="{route}",status="{status}"}}') == 1
 
 
 def test_replica_counters_never_fall_when_a_replica_leaves() -> None:

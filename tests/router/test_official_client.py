@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import openai
 import pytest
-from fake_backend import CONTEXT
-from gateway_harness import chat, harness
+
+from tests.router.fake_backend import CONTEXT
+from tests.router.gateway_harness import chat, harness
 
 MESSAGES = chat()["messages"]
 
@@ -16,7 +18,7 @@ async def test_chat_streamed_equals_whole_for_many_requests() -> None:
     client = harness(with_cache=False).openai()
     rng = random.Random(0)
     for index in range(60):
-        options = {
+        options: dict[str, Any] = {
             "model": rng.choice(["small", "large", "auto", "tiny"]),
             "messages": [{"role": "user", "content": f"question {index}"}],
             "seed": rng.randint(-(2**63), 2**63 - 1),

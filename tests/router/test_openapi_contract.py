@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import schemathesis
-from gateway_harness import chat, harness, sse_data
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis.checks import CHECKS
 from schemathesis.generation import GenerationMode
 
 from router.replies import ChatCompletionChunk, CompletionChunk
+from tests.router.gateway_harness import chat, harness, sse_data
 
 schema = schemathesis.openapi.from_asgi("/openapi.json", harness().app)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 
 import pytest
-from fake_backend import FakeBackend
-from gateway_harness import Exchange, Harness, chat, harness
 
-from replicas.types import Chunk
+from replicas.types import Chunk, GenerateRequest
+from tests.router.fake_backend import FakeBackend
+from tests.router.gateway_harness import Exchange, Harness, chat, harness
 
 
 def post(h: Harness, **more: object) -> Exchange:
@@ -107,7 +108,7 @@ async def test_a_slow_client_holds_its_replica_back() -> None:
     class Endless(FakeBackend):
         num_sent = 0
 
-        async def stream_once(self, request):  # type: ignore[no-untyped-def, override]
+        async def stream_once(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
             while True:
                 self.num_sent += 1
                 yield Chunk((1,), "x")

@@ -1,7 +1,7 @@
 """The kernels in plain torch: correct on every device and dtype, and the oracle of every faster set.
 
 It knows tensors and the step's shape, no layer and no request. Two rules keep one request out of another's numbers:
-a row reads no page but its own, and the runner keeps the unwritten rest of a held page zero, so a mask never meets a
+a row reads no page but its own, and `eager.py` keeps the unwritten rest of a held page zero, so a mask never meets a
 foreign NaN (-inf + NaN and 0 * NaN are NaN).
 """
 
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from replicas.engine.kernels import AttentionPlan
+from replicas.engine.kernels import AttentionPlan, Forward, GumbelDraws, HeadShape, StepModel, TopOfRows, gumbel
+from replicas.engine.kernels.eager import EagerForward
 
 MAX_GATHERED_TOKENS = 65_536
 """Cached tokens that one batched gather may copy: bounds the workspace of a step with many long requests."""
@@ -21,6 +24,27 @@ MAX_GATHERED_TOKENS = 65_536
 
 class ReferenceKernels:
     name = "reference"
+
+    def compile(self, model: StepModel, kv_cache: Tensor) -> Forward:
+        return EagerForward(model, kv_cache)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(token_ids, table)
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x[rows]
+
+    def rope_angles(self, positions: Tensor, inv_freq: Tensor, factor: float) -> Tensor:
+        angles = positions[:, None].float() * inv_freq
+        return torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return F.linear(x, weight, bias).to(out_dtype or x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm (Zhang and Sennrich 2019), in the operation order of Hugging Face's LlamaRMSNorm."""
@@ -33,7 +57,9 @@ class ReferenceKernels:
         return self.rms_norm(total, weight, eps), total
 
     def apply_rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary embedding (Su et al. 2021) in NeoX order: channel i turns with channel i + rotary_dim / 2."""
+        """Rotary embedding (Su et al. 2021) in NeoX order: channel i turns with channel i + rotary_dim / 2.
+        q (num_tokens, num_heads, head_dim), k (num_tokens, num_kv_heads, head_dim), angles (num_tokens, rotary_dim /
+        2)."""
         cos, sin = cos[:, None, :], sin[:, None, :]
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
@@ -42,12 +68,26 @@ class ReferenceKernels:
         return F.silu(gate) * up
 
     def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+        """k, v (num_tokens, num_kv_heads, head_dim) into caches (num_blocks, num_kv_heads, block_size, head_dim)."""
         block_size = k_cache.shape[2]
         blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
         k_cache[blocks, :, offsets] = k
         v_cache[blocks, :, offsets] = v
 
-    def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    def rope_and_store_kv(
+        self, qkv: Tensor, angles: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, heads: HeadShape
+    ) -> Tensor:
+        """Returns q (num_tokens, num_heads, head_dim)."""
+        counts = [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads]
+        q, k, v = torch.split(qkv.view(len(qkv), -1, heads.head_dim), counts, dim=1)
+        cos, sin = angles.chunk(2, dim=-1)
+        q, k = self.apply_rope(q, k, cos, sin)
+        self.store_kv(k, v, k_cache, v_cache, plan.slot_mapping)
+        return q
+
+    def paged_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, heads: HeadShape, scale: float
+    ) -> Tensor:
         """Requests with one query row go together, of similar length; a longer query goes alone."""
         out = torch.empty_like(q)
         starts = _starts(plan.query_lens_host)
@@ -59,7 +99,17 @@ class ReferenceKernels:
             if length > 1:
                 rows_of_i = slice(starts[i], starts[i] + length)
                 out[rows_of_i] = _attend_chunk(q[rows_of_i], k_cache, v_cache, plan, i, scale)
-        return out
+        return out.flatten(-2)
+
+    def max_of_rows(self, scores: Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        best, token_ids = scores.max(dim=-1)
+        return best.cpu().numpy(), token_ids.cpu().numpy()
+
+    def draw_of_rows(self, scores: Tensor, draws: GumbelDraws) -> NDArray[np.int64]:
+        return gumbel.draw_of_rows(scores, draws)
+
+    def top_of_rows(self, scores: Tensor, draws: GumbelDraws, width: int) -> TopOfRows:
+        return gumbel.top_of_rows(scores, draws, width)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

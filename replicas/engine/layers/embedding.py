@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from replicas.engine.kernels import Kernels
 
 
 class Embedding(nn.Module):
     """token_ids (num_tokens,) int64 -> (num_tokens, hidden_size)."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, kernels: Kernels, dtype: torch.dtype) -> None:
         super().__init__()
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype), requires_grad=False)
 
     def load_weight(self, tensor: Tensor) -> None:
@@ -21,4 +23,4 @@ class Embedding(nn.Module):
         self.weight.copy_(tensor)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.weight)
+        return self.kernels.embed(token_ids, self.weight)

@@ -54,9 +54,9 @@ class Linear(nn.Module):
     def finalize(self) -> None:
         self.method.finalize(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.method.apply(self, x)
-        return out if self.bias is None else out + self.bias
+    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """In fp32 or the dtype of x."""
+        return self.method.apply(self, x, self.bias, out_dtype)
 
 
 def _check_shape(tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -1,6 +1,6 @@
 """Rotary position embedding: which angle each pair of channels turns by, with the scalings that stretch a context.
 
-Rotating is a kernel; this file only makes cosines and sines. Angles are fp32 whatever the model's dtype.
+Rotating is a kernel; this file only makes frequencies. Angles are fp32 whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from replicas.engine.kernels import Kernels
 
 RopeScaling = Literal["default", "linear", "llama3", "yarn"]
 
@@ -39,15 +41,15 @@ class RopeConfig:
 class RotaryEmbedding(nn.Module):
     inv_freq: Tensor
 
-    def __init__(self, config: RopeConfig) -> None:
+    def __init__(self, config: RopeConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.attention_factor = config.attention_factor
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (num_tokens,) -> cos, sin (num_tokens, rotary_dim / 2), fp32."""
-        angles = positions[:, None].float() * self.inv_freq
-        return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions (num_tokens,) -> (num_tokens, rotary_dim) fp32: cosines, then sines."""
+        return self.kernels.rope_angles(positions, self.inv_freq, self.attention_factor)
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from replicas.engine.kernels import AttentionPlan, Kernels
+from replicas.engine.kernels import AttentionPlan, HeadShape, Kernels
 from replicas.engine.layers.attention import Attention
 from replicas.engine.layers.embedding import Embedding
 from replicas.engine.layers.linear import Linear
@@ -55,8 +54,9 @@ class Transformer(nn.Module):
         super().__init__()
         dtype = getattr(torch, config.dtype)
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.rotary = RotaryEmbedding(config.rope)
+        self.kernels = kernels
+        self.embed = Embedding(config.vocab_size, config.hidden_size, kernels, dtype)
+        self.rotary = RotaryEmbedding(config.rope, kernels)
         self.layers = nn.ModuleList(DecoderLayer(config, kernels, method, dtype) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, dtype)
         self.lm_head = Linear(config.hidden_size, [config.vocab_size], head_method, dtype)
@@ -66,17 +66,17 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """token_ids, positions (num_tokens,); kv_cache (num_layers, 2, num_blocks, num_kv_heads, block_size,
         head_dim); rows (num_rows,) -> last hidden states (num_rows, hidden_size), normed."""
-        cos, sin = self.rotary(positions)
+        angles = self.rotary(positions)
         x, residual = self.embed(token_ids), None
         for layer, cache in zip(self.layers, kv_cache, strict=True):
-            x, residual = layer(x, residual, cos, sin, cache, plan)
+            x, residual = layer(x, residual, angles, cache, plan)
         assert residual is not None, "a transformer has at least one layer"
-        hidden: Tensor = self.norm(x[rows], residual[rows])[0]
+        hidden: Tensor = self.norm(self.kernels.take_rows(x, rows), self.kernels.take_rows(residual, rows))[0]
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(num_rows, hidden_size) -> (num_rows, vocab_size)."""
-        logits: Tensor = self.lm_head(hidden)
+        """(num_rows, hidden_size) -> (num_rows, vocab_size) fp32."""
+        logits: Tensor = self.lm_head(hidden, torch.float32)
         return logits
 
     def weight_slots(self) -> WeightSlots:
@@ -104,29 +104,24 @@ class Transformer(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: TransformerConfig, kernels: Kernels, method: LinearMethod, dtype: torch.dtype) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         self.kernels = kernels
         hidden, eps = config.hidden_size, config.rms_norm_eps
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         intermediate = config.intermediate_size
-        self.qkv_ends = tuple(accumulate((q_size, kv_size)))
         self.input_norm = RMSNorm(hidden, eps, kernels, dtype)
         self.qkv_proj = Linear(hidden, [q_size, kv_size, kv_size], method, dtype, config.has_qkv_bias)
-        self.attention = Attention(config.head_dim, kernels)
+        self.attention = Attention(HeadShape(config.num_heads, config.num_kv_heads, config.head_dim), kernels)
         self.o_proj = Linear(q_size, [hidden], method, dtype, config.has_output_bias)
         self.post_norm = RMSNorm(hidden, eps, kernels, dtype)
         self.gate_up_proj = Linear(hidden, [intermediate, intermediate], method, dtype, config.has_mlp_bias)
         self.down_proj = Linear(intermediate, [hidden], method, dtype, config.has_mlp_bias)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cache: Tensor, plan: AttentionPlan
+        self, x: Tensor, residual: Tensor | None, angles: Tensor, cache: Tensor, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor]:
         """x, residual (num_tokens, hidden_size): the residual stream before this layer is their sum."""
         x, residual = self.input_norm(x, residual)
-        q, k, v = self.qkv_proj(x).tensor_split(self.qkv_ends, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
-        q, k = self.kernels.apply_rope(q, k, cos, sin)
-        x = self.o_proj(self.attention(q, k, v, cache, plan).flatten(-2))
+        x = self.o_proj(self.attention(self.qkv_proj(x), angles, cache, plan))
         x, residual = self.post_norm(x, residual)
         x = self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(x)))
         assert residual is not None

@@ -27,6 +27,7 @@ class LinearMethod(Protocol):
         """After all rows are loaded: pack into the form that `apply` reads fastest."""
         ...
 
-    def apply(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
-        """x (num_tokens, in_features) -> (num_tokens, out_features)"""
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
+        """x (num_tokens, in_features) -> (num_tokens, out_features), plus bias (out_features,); in fp32 or the dtype
+        of x."""
         ...

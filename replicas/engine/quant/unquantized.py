@@ -1,16 +1,20 @@
-"""Weights as they are, in bf16, fp16 or fp32: the plain product, and the oracle of every packed format."""
+"""Weights as they are, in bf16, fp16 or fp32, in the form that the kernels like best."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from replicas.engine.kernels import Kernels
 
 
 class UnquantizedLinear:
-    """The `LinearMethod` of one `weight` parameter of shape (out_features, in_features)."""
+    """The `LinearMethod` of one `weight` of shape (out_features, in_features), a parameter until it is packed."""
 
     granularity = 1
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
 
     def create(self, layer: nn.Module, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         layer.register_parameter(
@@ -26,7 +30,9 @@ class UnquantizedLinear:
             weight[out_offset : out_offset + tensor.shape[0]].copy_(tensor)
 
     def finalize(self, layer: nn.Module) -> None:
-        """Nothing to pack."""
+        packed = self._kernels.pack(layer.get_parameter("weight").data)
+        del layer.weight
+        layer.packed = packed
 
-    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return F.linear(x, layer.get_parameter("weight"))
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
+        return self._kernels.linear(x, layer.packed, bias, out_dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from replicas.engine.batch import Batch, SamplingColumns, StepOutput
 from replicas.engine.config import CacheConfig
+from replicas.engine.kernels import Kernels
 from replicas.engine.kernels.reference import ReferenceKernels
 from replicas.engine.kv_cache import KVShape, allocate
 from replicas.engine.model_runner import ModelRunner
@@ -118,11 +119,12 @@ class PagedDriver:
         return tokens, torch.cat(self.sampler.logits)
 
 
-def build(path: Path, dtype: str = "float32") -> Transformer:
-    """The model in a folder or GGUF file, on the CPU with reference kernels."""
+def build(path: Path, dtype: str = "float32", kernels: Kernels | None = None) -> Transformer:
+    """The model in a folder or GGUF file, on the CPU, with the reference kernels unless others are given."""
     checkpoint = open_checkpoint(path)
     config = replace(checkpoint.transformer_config(), dtype=dtype)
-    method = UnquantizedLinear()
-    model = Transformer(config, ReferenceKernels(), method, method)
+    kernels = kernels or ReferenceKernels()
+    method = UnquantizedLinear(kernels)
+    model = Transformer(config, kernels, method, method)
     load_weights(model, checkpoint)
     return model

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from bundled_vocabulary import sentencepiece_tokenizer
 
 from replicas.engine.answer import Answer
 from replicas.engine.request import Finish, Request, Status
 from replicas.engine.sampling_params import SamplingParams
 from replicas.engine.scheduler import RequestOutput
 from replicas.types import Emitted
+from tests.replicas.engine.bundled_vocabulary import sentencepiece_tokenizer
 
 TOKENIZER = sentencepiece_tokenizer()
 PROMPT = TOKENIZER.encode("hello")

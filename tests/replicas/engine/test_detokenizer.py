@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-from bundled_vocabulary import bundled_tokenizer, sentencepiece_fields, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
@@ -17,6 +16,7 @@ from replicas.engine.sampling_params import SamplingParams
 from replicas.engine.token_text import TokenText
 from replicas.engine.tokenizer import Tokenizer
 from replicas.types import Emitted
+from tests.replicas.engine.bundled_vocabulary import bundled_tokenizer, sentencepiece_fields, sentencepiece_tokenizer
 
 TOKENIZERS = {"byte-level": bundled_tokenizer, "sentencepiece": sentencepiece_tokenizer}
 TEXTS = [

@@ -13,13 +13,13 @@ import torch
 from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_driver import PagedDriver, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from replicas.engine.models import gguf as gguf_module
 from replicas.engine.models.gguf import GgufFile
 from replicas.engine.models.gguf_model import GgufModel
 from replicas.engine.models.source import resolve_source
+from tests.replicas.engine.paged_driver import PagedDriver, build
 
 torch.set_num_threads(1)
 Type = gguf.GGMLQuantizationType
@@ -78,7 +78,9 @@ def test_rope_divisors_and_tied_heads_are_honoured(tmp_path: Path) -> None:
     assert config.rope.freq_divisors == (1.0, 2.0, 4.0, 8.0)
     assert config.tie_word_embeddings
     transformer = build(file)
-    assert transformer.lm_head.get_parameter("weight").data_ptr() == transformer.embed.weight.data_ptr()
+    head_weight = transformer.lm_head.packed
+    assert isinstance(head_weight, torch.Tensor)
+    assert head_weight.data_ptr() == transformer.embed.weight.data_ptr()
     assert torch.equal(transformer.rotary.inv_freq, _inverse_frequencies() / torch.tensor([1.0, 2.0, 4.0, 8.0]))
     assert model.eos_token_ids() == frozenset({2, 7})
 

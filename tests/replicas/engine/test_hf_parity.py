@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from paged_driver import PagedDriver, build
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers import logging as transformers_logging
 
 from replicas.engine.models.gguf_model import GgufModel
 from replicas.engine.models.source import resolve_source
+from tests.replicas.engine.paged_driver import PagedDriver, build
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from replicas.engine.kernels import AttentionPlan, select_kernels
+from replicas.engine.kernels import AttentionPlan, HeadShape, select_kernels
 from replicas.engine.kernels import reference as reference_module
 from replicas.engine.kernels.reference import ReferenceKernels
 
@@ -77,7 +77,8 @@ class Ragged:
         ]
         new_k, new_v = torch.cat([k for k, _ in tails]), torch.cat([v for _, v in tails])
         KERNELS.store_kv(new_k, new_v, self.k_cache, self.v_cache, self.plan.slot_mapping)
-        return KERNELS.paged_attention(self.q, self.k_cache, self.v_cache, self.plan, scale)
+        heads = HeadShape(self.q.shape[1], self.k_cache.shape[1], HEAD_DIM)
+        return KERNELS.paged_attention(self.q, self.k_cache, self.v_cache, self.plan, heads, scale).view(self.q.shape)
 
     def expected(self, scale: float) -> Tensor:
         pieces = torch.split(self.q, self.query_lens)
@@ -156,4 +157,4 @@ def test_silu_and_mul_gates_the_second_half() -> None:
 
 def test_an_unknown_kernel_set_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match=r"warp9.*reference"):
-        select_kernels(torch.device("cpu"), "warp9")
+        select_kernels(torch.device("cpu"), torch.float32, 32, 1, "warp9")

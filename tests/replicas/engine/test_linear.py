@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from replicas.engine.kernels.reference import ReferenceKernels
 from replicas.engine.layers.embedding import Embedding
 from replicas.engine.layers.linear import Linear
 from replicas.engine.quant.unquantized import UnquantizedLinear
+
+KERNELS = ReferenceKernels()
 
 
 class Blocks32(UnquantizedLinear):
@@ -16,7 +19,7 @@ class Blocks32(UnquantizedLinear):
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_parts_stand_one_after_the_other(has_bias: bool) -> None:
-    linear = Linear(6, [4, 2, 2], UnquantizedLinear(), torch.float32, has_bias)
+    linear = Linear(6, [4, 2, 2], UnquantizedLinear(KERNELS), torch.float32, has_bias)
     weights = [torch.randn(rows, 6) for rows in (4, 2, 2)]
     biases = [torch.randn(rows) for rows in (4, 2, 2)]
     for part in (2, 0, 1):
@@ -30,29 +33,30 @@ def test_parts_stand_one_after_the_other(has_bias: bool) -> None:
 
 
 def test_loading_converts_to_the_layers_dtype() -> None:
-    linear = Linear(4, [4], UnquantizedLinear(), torch.bfloat16)
+    linear = Linear(4, [4], UnquantizedLinear(KERNELS), torch.bfloat16)
     weight = torch.randn(4, 4)
     linear.load_weight(weight)
+    linear.finalize()
     assert torch.equal(linear(torch.eye(4).bfloat16()), weight.bfloat16().T)
 
 
 def test_a_wrong_shape_is_refused_with_both_shapes() -> None:
-    linear = Linear(6, [4, 2], UnquantizedLinear(), torch.float32)
+    linear = Linear(6, [4, 2], UnquantizedLinear(KERNELS), torch.float32)
     with pytest.raises(ValueError, match=r"\(4, 6\).*\(2, 6\)"):
         linear.load_weight(torch.zeros(4, 6), part=1)
 
 
 def test_a_format_that_does_not_divide_the_shape_is_refused() -> None:
-    Linear(64, [32, 96], Blocks32(), torch.float32)
+    Linear(64, [32, 96], Blocks32(KERNELS), torch.float32)
     with pytest.raises(ValueError, match="blocks of 32: 48 is not a multiple"):
-        Linear(64, [32, 48], Blocks32(), torch.float32)
+        Linear(64, [32, 48], Blocks32(KERNELS), torch.float32)
     with pytest.raises(ValueError, match="40 is not a multiple"):
-        Linear(40, [32], Blocks32(), torch.float32)
+        Linear(40, [32], Blocks32(KERNELS), torch.float32)
 
 
 def test_a_tied_head_shares_the_embeddings_storage() -> None:
-    embedding = Embedding(8, 4, torch.float32)
+    embedding = Embedding(8, 4, KERNELS, torch.float32)
     embedding.load_weight(torch.randn(8, 4))
-    head = Linear(4, [8], UnquantizedLinear(), torch.float32)
+    head = Linear(4, [8], UnquantizedLinear(KERNELS), torch.float32)
     head.load_weight(embedding.weight)
     assert head.get_parameter("weight").data_ptr() == embedding.weight.data_ptr()

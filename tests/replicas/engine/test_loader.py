@@ -10,14 +10,15 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils._paths import filter_repo_objects
-from paged_driver import PagedDriver, build
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
 from replicas.engine.config import ModelConfig
 from replicas.engine.models.checkpoint import SamplingDefaults
-from replicas.engine.models.loader import read_model_info, resolve_source
+from replicas.engine.models.loader import read_model_info
+from replicas.engine.models.source import resolve_source
+from tests.replicas.engine.paged_driver import PagedDriver, build
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

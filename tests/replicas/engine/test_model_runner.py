@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_driver import PagedDriver
 
+from replicas.engine.kernels import Kernels
 from replicas.engine.kernels.reference import ReferenceKernels
 from replicas.engine.layers.rotary import RopeConfig
 from replicas.engine.models.transformer import Transformer, TransformerConfig
 from replicas.engine.quant.unquantized import UnquantizedLinear
+from tests.replicas.engine.paged_driver import PagedDriver
 
 torch.set_num_threads(1)
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32, 38, 4, 6, 26, 4, 33, 8]
@@ -23,7 +24,7 @@ def model() -> Transformer:
     return random_model("float32")
 
 
-def random_model(dtype: str) -> Transformer:
+def random_model(dtype: str, kernels: Kernels | None = None) -> Transformer:
     config = TransformerConfig(
         vocab_size=40,
         hidden_size=32,
@@ -38,8 +39,9 @@ def random_model(dtype: str) -> Transformer:
         tie_word_embeddings=True,
         dtype=dtype,
     )
-    method = UnquantizedLinear()
-    model = Transformer(config, ReferenceKernels(), method, method)
+    kernels = kernels or ReferenceKernels()
+    method = UnquantizedLinear(kernels)
+    model = Transformer(config, kernels, method, method)
     generator = torch.Generator().manual_seed(1)
     for slot, shape in _shapes(model).items():
         model.weight_slots()[slot](torch.randn(shape, generator=generator) * 0.3)

@@ -9,8 +9,10 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from replicas.engine.kernels.reference import ReferenceKernels
 from replicas.engine.layers.rotary import RopeConfig, RotaryEmbedding, yarn_attention_factor
 
+KERNELS = ReferenceKernels()
 LLAMA3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CASES: list[tuple[dict[str, Any], RopeConfig]] = [
     ({"rope_type": "default"}, RopeConfig(64, 10_000.0)),
@@ -49,11 +51,11 @@ def test_cosines_and_sines_equal_transformers(parameters: dict[str, Any], config
     )
     positions = torch.tensor([0, 1, 2, 63, 500, 4095, 8191])
     expected_cos, expected_sin = oracle(torch.zeros(1), positions[None])
-    cos, sin = RotaryEmbedding(config)(positions)
+    cos, sin = RotaryEmbedding(config, KERNELS)(positions).chunk(2, dim=-1)
     torch.testing.assert_close(cos, expected_cos[0, :, :32], atol=1e-6, rtol=0)
     torch.testing.assert_close(sin, expected_sin[0, :, :32], atol=1e-6, rtol=0)
 
 
 def test_divisors_of_gguf_divide_the_frequencies() -> None:
-    plain, divided = (RotaryEmbedding(RopeConfig(4, freq_divisors=d)).inv_freq for d in ((), (2.0, 8.0)))
+    plain, divided = (RotaryEmbedding(RopeConfig(4, freq_divisors=d), KERNELS).inv_freq for d in ((), (2.0, 8.0)))
     torch.testing.assert_close(divided, plain / torch.tensor([2.0, 8.0]))

@@ -14,10 +14,22 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from replicas.engine.batch import Penalised, SamplingColumns, StepOutput
+from replicas.engine.kernels import Kernels
+from replicas.engine.kernels.cpu.kernels import CpuKernels
+from replicas.engine.kernels.cpu.library import Machine, instruction_sets
+from replicas.engine.kernels.reference import ReferenceKernels
 from replicas.engine.philox import philox4x32
 from replicas.engine.sampler import Sampler, _Candidates
 
 CPU = torch.device("cpu")
+KERNELS: list[Kernels] = [ReferenceKernels()]
+"""The set that the tests of this module run on, one set after the other."""
+
+
+@pytest.fixture(params=["reference", *instruction_sets()], autouse=True, scope="module")
+def _every_kernel_set(request: pytest.FixtureRequest) -> None:
+    is_reference = request.param == "reference"
+    KERNELS[0] = ReferenceKernels() if is_reference else CpuKernels(Machine(2, request.param))
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +84,7 @@ def columns_of(rows: list[Row]) -> SamplingColumns:
 
 
 def sample(logits: torch.Tensor, rows: list[Row]) -> StepOutput:
-    return Sampler(logits.shape[1], CPU).sample(logits, columns_of(rows))
+    return Sampler(logits.shape[1], CPU, KERNELS[0]).sample(logits, columns_of(rows))
 
 
 def random_logits(num_rows: int, vocab_size: int, seed: int, step: float = 0.0) -> torch.Tensor:
@@ -190,7 +202,7 @@ def test_draws_follow_the_distribution(row: Row) -> None:
         **{name: getattr(rows, name) for name in SamplingColumns.__dataclass_fields__ if name != "position"},
         position=positions,
     )
-    drawn = Sampler(vocab_size, CPU).sample(x.expand(num_draws, -1), columns).token_ids
+    drawn = Sampler(vocab_size, CPU, KERNELS[0]).sample(x.expand(num_draws, -1), columns).token_ids
     observed = np.bincount(drawn, minlength=vocab_size)
     expected = kept_distribution(x.numpy(), row) * num_draws
     assert (observed[expected == 0] == 0).all()
@@ -225,7 +237,7 @@ def test_positions_and_seeds_are_independent() -> None:
             seed=seed.astype(np.uint64),
             position=position,
         )
-        drawn = Sampler(8, CPU).sample(logits, columns).token_ids
+        drawn = Sampler(8, CPU, KERNELS[0]).sample(logits, columns).token_ids
         pairs = np.bincount(drawn[::2] * 8 + drawn[1::2], minlength=64)
         assert ((pairs - 64) ** 2 / 64).sum() < 63 + 4.3 * np.sqrt(2 * 63) + 12
 

@@ -14,19 +14,19 @@ from typing import Any
 
 import pytest
 import regex  # type: ignore[import-untyped]
-from bundled_vocabulary import (
-    bundled_fields,
-    bundled_gguf,
-    bundled_tokenizer,
-    sentencepiece_fields,
-    sentencepiece_tokenizer,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replicas.engine.token_text import byte_alphabet
 from replicas.engine.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from replicas.types import ChatPrompt, InvalidRequest, PromptTooLong
+from tests.replicas.engine.bundled_vocabulary import (
+    bundled_fields,
+    bundled_gguf,
+    bundled_tokenizer,
+    sentencepiece_fields,
+    sentencepiece_tokenizer,
+)
 
 TEXTS = [
     "",
@@ -283,11 +283,11 @@ def test_encoding_a_long_text_lets_other_threads_run() -> None:
     assert longest_gap_s < (last - started) / 2
 
 
-def test_what_can_never_fit_is_refused_without_encoding() -> None:
+def test_what_can_never_fit_is_refused_without_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.from_gguf(bundled_fields())
     longest = max(len(tokenizer.token_bytes(i)) for i in range(49_152))
     chat = ChatPrompt(({"role": "user", "content": "x" * (200 * longest)},))
-    tokenizer._backend = None  # whoever encodes fails
+    monkeypatch.setattr(tokenizer, "_backend", None)  # whoever encodes fails
     with pytest.raises(PromptTooLong, match=rf"prompt has {200 * longest + 1} bytes, and 200 tokens") as text_error:
         tokenizer.encode("x" * (200 * longest + 1), max_num_tokens=200)
     assert text_error.value.param == "prompt"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bundled_vocabulary import bundled_fields, bundled_tokenizer
 
 from replicas.engine.chat_template import ChatTemplate
 from replicas.types import ChatPrompt, InvalidRequest
+from tests.replicas.engine.bundled_vocabulary import bundled_fields, bundled_tokenizer
 
 CHATML = bundled_fields()["tokenizer.chat_template"]
 STRICT = """{{- bos_token }}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from paged_driver import PagedDriver, build
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
 from replicas.engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from replicas.engine.models.loader import read_model_info
 from replicas.engine.worker import LocalExecutor
+from tests.replicas.engine.paged_driver import PagedDriver, build
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -70,7 +70,7 @@ def test_it_draws_the_greedy_tokens_of_the_model(folder: Path) -> None:
     while len(tokens) < 10:
         tokens.append(int(local.execute(driver.batch({"r": tokens[-1:]})).token_ids[0]))
     assert tokens == expected
-    assert local.kernels_name == "reference"
+    assert local.kernels_name == "reference"  # its blocks of 4 tokens are too small for the CPU kernels
     assert set(local.phases_s) == {"open", "load_weights", "trial_step", "kv_cache"}
     assert all(seconds >= 0 for seconds in local.phases_s.values())
     local.shutdown()
