@@ -179,17 +179,18 @@ class MicroBatcher:
         num_tokens = min(_guess_num_tokens(text), self._embedder.max_tokens)
         return await self._enqueue(self._lookups, [(text, num_tokens)])[0]
 
-    async def embed_many(self, texts: Sequence[str]) -> list[Embedded]:
+    async def embed_many(self, texts: Sequence[str], first: int = 0) -> list[Embedded]:
         """Whole texts in bulk: raises `PromptTooLong` where one exceeds the window, else as `embed` does.
 
-        However many texts there are, they are refused only for those of others that already wait.
+        However many texts there are, they are refused only for those of others that already wait. `first` is the
+        index that an error gives the first of them.
         """
         if self._num_bulk_texts >= self._max_pending:
             raise Overloaded(f"{self._num_bulk_texts} texts already wait for the embedder, which takes no more")
         self._num_bulk_texts += len(texts)
         try:
             counts = await asyncio.to_thread(self._embedder.count_tokens, texts)
-            _refuse_beyond(self._embedder.max_tokens, counts)
+            _refuse_beyond(self._embedder.max_tokens, counts, first)
             return await self._embed_by_slices(texts, counts)
         finally:
             self._num_bulk_texts -= len(texts)
@@ -265,8 +266,8 @@ def _guess_num_tokens(text: str) -> int:
     return len(_readable(text).encode()) // 4 + 2
 
 
-def _refuse_beyond(max_tokens: int, counts: Sequence[int]) -> None:
-    for i, num_tokens in enumerate(counts):
+def _refuse_beyond(max_tokens: int, counts: Sequence[int], first: int) -> None:
+    for i, num_tokens in enumerate(counts, first):
         if num_tokens > max_tokens:
             raise PromptTooLong(
                 f"The maximum input length of this embedder is {max_tokens} tokens, but 'input.{i}' has {num_tokens}.",

@@ -58,8 +58,8 @@ class CacheServer:
     async def abandon(self, miss: CacheMiss) -> None:
         await self._cache.abandon(miss)
 
-    async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
-        return await self._cache.embed(texts)
+    async def embed(self, texts: Sequence[str], first: int = 0) -> tuple[list[tuple[float, ...]], int]:
+        return await self._cache.embed(texts, first)
 
     async def stats(self) -> Any:
         return self._cache.stats()

@@ -46,6 +46,8 @@ logger = logging.getLogger("ray.serve")
 STATS_PERIOD_S = 1.0
 MAX_READING_AGE_S = 60.0
 CALL_TIMEOUT_S = 30.0
+MAX_TEXTS_PER_CALL = 128
+"""Of embeddings: Ray's replies between replicas end at 4 MiB."""
 SLOWEST_EMBEDDING_S = 0.1
 """Of a text that fills the embedder's window, on a busy core."""
 LOOKUP_TIMEOUT_S = 120.0
@@ -298,10 +300,15 @@ class CacheClient:
             self._moved.add(miss.flight)
 
     async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
-        call = self._handle.embed.remote(tuple(texts))
-        timeout_s = CALL_TIMEOUT_S + len(texts) * SLOWEST_EMBEDDING_S
-        result: tuple[list[tuple[float, ...]], int] = await self._deployment.result(call, timeout_s)
-        return result
+        vectors: list[tuple[float, ...]] = []
+        num_tokens = 0
+        for first in range(0, len(texts), MAX_TEXTS_PER_CALL):
+            some = tuple(texts[first : first + MAX_TEXTS_PER_CALL])
+            timeout_s = CALL_TIMEOUT_S + len(some) * SLOWEST_EMBEDDING_S
+            result = await self._deployment.result(self._handle.embed.remote(some, first), timeout_s)
+            vectors += result[0]
+            num_tokens += result[1]
+        return vectors, num_tokens
 
     async def _tell(self, response: Awaitable[None]) -> None:
         try:

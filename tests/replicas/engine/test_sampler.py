@@ -327,3 +327,10 @@ def test_no_rows() -> None:
     output = sample(torch.zeros(0, 8), [])
     assert output.token_ids.shape == (0,)
     assert not output.errors
+
+
+def test_a_repetition_penalty_next_to_zero_makes_a_token_certain_and_no_error() -> None:
+    output = sample(
+        random_logits(1, 50, seed=1), [Row(temperature=0.0, repetition_penalty=1e-40, prompt=(7,), output=(7,))]
+    )
+    assert not output.errors
