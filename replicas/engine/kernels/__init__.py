@@ -177,18 +177,27 @@ def select_kernels(
     it cannot run here."""
     from replicas.engine.kernels.reference import ReferenceKernels
 
-    choices = ["reference", *(["cpu"] if device.type == "cpu" else [])]
+    fast = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+    choices = ["reference", *([fast] if fast else [])]
     if override is not None and override not in choices:
         raise ValueError(f"kernels {override!r} are not available on {device.type}; choose from {', '.join(choices)}")
-    if override == "reference" or device.type != "cpu":
+    if override == "reference" or fast is None:
         return ReferenceKernels()
     try:
-        return _cpu_kernels(dtype, block_size, num_threads)
+        return _gpu_kernels(device, block_size) if fast == "triton" else _cpu_kernels(dtype, block_size, num_threads)
     except ValueError as error:
-        if override == "cpu":
+        if override is not None:
             raise
         logger.warning("%s; plain torch does the work, several times slower", error)
         return ReferenceKernels()
+
+
+def _gpu_kernels(device: torch.device, block_size: int) -> Kernels:
+    try:
+        from replicas.engine.kernels.gpu import GpuKernels
+    except ImportError as error:
+        raise ValueError(f"the Triton kernels cannot be imported ({error})") from error
+    return GpuKernels(device, block_size)
 
 
 def _cpu_kernels(dtype: torch.dtype, block_size: int, num_threads: int) -> Kernels:
