@@ -161,7 +161,9 @@ class SemanticCache:
             self._flights.abandon(miss.flight)
 
     async def embed(self, texts: Sequence[str], first: int = 0) -> tuple[list[tuple[float, ...]], int]:
-        """L2-normalised embeddings and the number of tokens; `first` is what an error calls the first text. Raises `PromptTooLong`, `Overloaded` or `EngineError`."""
+        """L2-normalised embeddings and the number of tokens; `first` is what an error calls the first text.
+
+        Raises `PromptTooLong`, `Overloaded` or `EngineError`."""
         embedded = await self._batcher.embed_many(texts, first)
         return [_to_floats(one) for one in embedded], sum(one.num_tokens for one in embedded)
 
