@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+from cache.content_words import are_light, differ_by_prefix, meanings_of, roots_of
 from cache.lexicon import (
     ANTONYMS,
+    DEICTICS,
     DIRECTIONS,
     FORMATS,
     FUNCTION_WORDS,
@@ -25,6 +27,7 @@ from cache.lexicon import (
     PRONOUNS,
     SCALES,
     TIME_AND_MEASURE,
+    TIMES,
     WH_WORDS,
 )
 
@@ -57,14 +60,19 @@ class _Reading:
     identifiers: frozenset[str]
     """As written: code, paths, flags, versions."""
     quotes: tuple[str, ...]
+    material: str
+    """What is introduced by a colon or stands on further lines: what the question is about, as it is written."""
+    roots: frozenset[str]
+    """Of the words that carry content, and their meanings: one for all synonyms."""
+    meanings: frozenset[str]
 
 
 # A word may hold inner dots, slashes and the like (paths, versions, T-shirt) but never ends in one.
 _WORD = re.compile(r"--?\w[\w.+#-]*\w|[^\W_][\w]*(?:[.'’/:+&@#_-]+\w+)*[+#]*|_\w+", re.UNICODE)
 _NUMBER = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+\.\d+(?:\.\d+)+|\d+(?:\.\d+)?|\.\d+")
-_QUOTED = re.compile(
-    r"\"([^\"\n]{1,200})\"|“([^”\n]{1,200})”|`([^`\n]{1,200})`|«([^»\n]{1,200})»|(?<!\w)['‘]([^'’\n]{1,200})['’](?!\w)"
-)
+_QUOTED = re.compile(r"\"([^\"\n]+)\"|“([^“”\n]+)”|`([^`\n]+)`|«([^«»\n]+)»|(?<!\w)['‘]([^'‘’\n]+)['’](?!\w)")
+_INTRODUCTION = re.compile(r"(?<!:)[::](?!\d|//|:)|\n")
+"""A line break, or a colon that is not part of a time, an address or a name such as std::vector."""
 _OPERATION = re.compile(r"\b(\w+)\s*([=<>!+*^|&~%]+|(?<=\d)\s*[-/]|(?<=\b\w)\s*[-/](?=\s*\w\b))\s*(?=(\w+))")
 """Both operands and what joins them; `-` and `/` join words too, so they count only between digits or letters."""
 _SIGN = re.compile(r"(?<![\w-])-(?=\d)")
@@ -89,7 +97,23 @@ def _read(text: str) -> _Reading:
     words = tuple(word.strip("'’") for word in _WORD.findall(plain))
     entities, identifiers = _names(text)
     quotes = tuple(next(part for part in match if part) for match in _QUOTED.findall(text))
-    return _Reading(text, words, _numbers(plain, words), entities, identifiers, quotes)
+    roots = roots_of(words)
+    return _Reading(
+        text=text,
+        words=words,
+        numbers=_numbers(plain, words),
+        entities=entities,
+        identifiers=identifiers,
+        quotes=quotes,
+        material=_material(text.strip()),
+        roots=roots,
+        meanings=meanings_of(roots),
+    )
+
+
+def _material(text: str) -> str:
+    introduction = _INTRODUCTION.search(text)
+    return "" if introduction is None else text[introduction.end() :].strip()
 
 
 def _names(text: str) -> tuple[frozenset[str], frozenset[str]]:
@@ -100,12 +124,16 @@ def _names(text: str) -> tuple[frozenset[str], frozenset[str]]:
         word = match[0]
         if _is_identifier(word):
             identifiers.add(word)
-        elif word[0].isupper() and word.lower() not in FUNCTION_WORDS:
-            starts_sentence = end_of_last == 0 or _ends_sentence(text[end_of_last : match.start()])
-            if not starts_sentence or (len(word) > 1 and word.isupper()):
-                entities.add(_stem(word.lower()))
+        elif _is_name(word, starts_sentence=end_of_last == 0 or _ends_sentence(text[end_of_last : match.start()])):
+            entities.add(_stem(word.lower()))
         end_of_last = match.end()
     return frozenset(entities), frozenset(identifiers)
+
+
+def _is_name(word: str, starts_sentence: bool) -> bool:
+    if len(word) > 1 and word.isupper():
+        return True  # "the US" is not "us"
+    return word[0].isupper() and not starts_sentence and word.lower() not in FUNCTION_WORDS
 
 
 def _ends_sentence(gap: str) -> bool:
@@ -266,6 +294,9 @@ def _has_all(reading: _Reading, identifiers: frozenset[str]) -> bool:
 
 
 def _same_quotes(a: _Reading, b: _Reading) -> bool:
+    """Letter for letter; one of the two may have left the marks out."""
+    if a.quotes and b.quotes:
+        return a.quotes == b.quotes
     return all(quote in b.text for quote in a.quotes) and all(quote in a.text for quote in b.quotes)
 
 
@@ -323,6 +354,36 @@ def _is_foreign(word: str) -> bool:
     return any(ord(c) > 0x24F and c.isalnum() for c in word)  # beyond Latin Extended-B
 
 
+def _same_material(a: _Reading, b: _Reading) -> bool:
+    return a.material == b.material
+
+
+def _same_deictics(a: _Reading, b: _Reading) -> bool:
+    """ "this month" is not "last month"."""
+    return _deictics(a.words) == _deictics(b.words)
+
+
+def _deictics(words: Sequence[str]) -> set[str]:
+    found = {DEICTICS[word] for word in words if word in DEICTICS}
+    is_now = any(word in ("this", "these") and _stem(following) in TIMES for word, following in pairwise(words))
+    return found | {"current"} if is_now else found
+
+
+def _same_but_for_prefixes(a: _Reading, b: _Reading) -> bool:
+    return not differ_by_prefix(a.roots, b.roots)
+
+
+def _none_adds_a_word(a: _Reading, b: _Reading) -> bool:
+    """Who only adds to a question narrows it: the Congo has a Republic and a Democratic Republic."""
+    only_a, only_b = a.meanings - b.meanings, b.meanings - a.meanings
+    return bool(only_a and only_b) or are_light(only_a | only_b)
+
+
+def _none_replaces_one_word(a: _Reading, b: _Reading) -> bool:
+    """Where all agrees but one word, neither a form nor a synonym of its counterpart, the two ask about that word."""
+    return not (len(a.meanings - b.meanings) == len(b.meanings - a.meanings) == 1)
+
+
 _CHECKS: Mapping[str, Callable[[_Reading, _Reading], bool]] = {
     "numbers": _same_numbers,
     "negation": _same_negation,
@@ -338,4 +399,9 @@ _CHECKS: Mapping[str, Callable[[_Reading, _Reading], bool]] = {
     "direction": _same_direction,
     "order": _same_order,
     "script": _same_foreign_words,
+    "material": _same_material,
+    "deictic": _same_deictics,
+    "prefix": _same_but_for_prefixes,
+    "added-word": _none_adds_a_word,
+    "replaced-word": _none_replaces_one_word,
 }

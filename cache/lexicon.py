@@ -1,12 +1,13 @@
 """The English word lists behind the gate (`gate.py`). Data only.
 
 Closed classes are listed in full (negations, number words, question words, units); antonyms are the common pairs of
-comparison, order, switching, trade and direction, with their inflections.
+comparison, order, switching, trade and direction, with their inflections. Synonyms are few: one that is missing costs
+an answer, one that is wrong serves a false one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 def _words(text: str) -> list[str]:
@@ -258,6 +259,7 @@ WH_WORDS: Mapping[str, str] = {
     "when": "when",
     "where": "where",
     "why": "why",
+    "how": "how",
 }
 
 PRONOUNS: Mapping[str, str] = {
@@ -291,3 +293,210 @@ FUNCTION_WORDS = frozenset(
         "much more most"
     )
 )
+
+FILLERS = frozenset(
+    _words(
+        "one ones someone somebody anyone anybody something anything thing things myself yourself himself herself "
+        "itself ourselves themselves oneself way ways ever actually exactly basically simply possibly then now such "
+        "yes kindly hi hello hey thanks thank think opinion opinions happen happens happening want wants like all each "
+        "every both either during using within through via while because since though although whether upon among "
+        "along between"
+    )
+)
+"""Beside the function words: they come and go between two wordings of one question."""
+
+LIGHT_WORDS = frozenset(
+    _words(
+        "get become make take give go come use have start feel find consider call keep consist contain include "
+        "good best possible available people"
+    )
+)
+"""They change a question where they replace one another ("get", "keep a job") but not where they are only added."""
+
+DEICTICS: Mapping[str, str] = {
+    **dict.fromkeys(_words("current currently present ongoing"), "current"),
+    **dict.fromkeys(_words("last past previous previously prior preceding"), "previous"),
+    **dict.fromkeys(_words("next following upcoming coming"), "next"),
+}
+"""word -> which of several times or things it points to, seen from now; so does "this" before `TIMES`."""
+
+TIMES = frozenset(
+    _words(
+        "time second minute hour morning afternoon evening day night weekend week fortnight month quarter semester "
+        "term season spring summer autumn winter year decade century"
+    )
+)
+
+OPPOSING_PREFIXES = tuple(
+    _words(
+        "counter under inter intra hyper multi super trans anti hypo macro mega micro mini mono over poly post semi "
+        "auto bio dis mal mis neo non out pre pro sub uni bi co de ex im in ir il re tri un up"
+    )
+)
+"""Two words that differ in nothing but one of them mean different things."""
+
+_IRREGULAR = """
+be am is are was were been being
+become became
+begin began begun
+break broke broken
+bring brought
+build built
+buy bought
+catch caught
+child children
+choose chose chosen
+come came
+die died dying
+do does did done doing
+draw drew drawn
+drink drank drunk
+drive drove driven
+eat ate eaten
+fall fell fallen
+feel felt
+fight fought
+find found
+fly flew flown
+foot feet
+forget forgot forgotten
+get got gotten
+give gave given
+go goes went gone
+grow grew grown
+hear heard
+hold held
+keep kept
+know knew known
+leave left
+lend lent
+lose lost
+make made
+man men
+mean meant
+meet met
+mouse mice
+pay paid
+person people persons
+run ran
+say said
+see saw seen
+sell sold
+send sent
+sing sang sung
+sit sat
+sleep slept
+speak spoke spoken
+spend spent
+stand stood
+steal stole stolen
+swim swam swum
+take took taken
+teach taught
+tell told
+think thought
+tooth teeth
+understand understood
+use used using
+wear wore worn
+win won
+woman women
+write wrote written
+"""
+
+_SYNONYMS = """
+movie film
+picture photo photograph pic image
+big large huge
+biggest largest
+small little tiny
+kid child
+begin start
+end finish
+buy purchase
+fix repair resolve solve
+job occupation
+rich wealthy
+reason cause
+kind type sort
+car automobile
+author writer
+good best great better
+delete remove
+create make build produce generate
+shop store
+quick fast rapid
+fastest quickest
+hard difficult
+easy simple
+easiest simplest
+use utilize
+allow permit let
+require need
+help assist
+get obtain acquire
+choose select pick
+earth world
+major main
+center middle
+doctor physician
+lawyer attorney
+happy glad
+sick ill
+weird strange
+website site
+differ different difference
+below under
+answer reply
+exam examination
+tv television
+fridge refrigerator
+phone telephone
+ad advert advertisement
+math maths mathematics
+app application
+info information
+intro introduction
+tech technology
+execute run
+convert transform
+find locate
+improve enhance
+modify change alter
+nation country
+street road
+dad father
+mom mum mother
+grandma grandmother
+grandpa grandfather
+bicycle bike
+airplane aircraft
+vacation holiday
+trash garbage rubbish
+truck lorry
+gray grey
+program programme
+license licence
+defense defence
+catalog catalogue
+dialog dialogue
+travel travell
+cancel cancell
+model modell
+label labell
+pajamas pyjamas
+tire tyre
+aluminum aluminium
+jewelry jewellery
+plow plough
+skeptical sceptical
+artifact artefact
+"""
+
+# The first word of each line stands for the others.
+IRREGULAR_FORMS: Mapping[str, str] = {
+    form: line.split()[0] for line in _IRREGULAR.strip().splitlines() for form in line.split()
+}
+
+SYNONYMS: Sequence[Sequence[str]] = [line.split() for line in _SYNONYMS.strip().splitlines()]
+"""Each a group whose words may stand for one another."""

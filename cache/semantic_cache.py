@@ -13,13 +13,13 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from cache.decision import Decision
-from cache.embedder import Embedded, MicroBatcher, TextEmbedder
+from cache.embedder import Embedded, MicroBatcher, TextEmbedder, Vectors
 from cache.entries import Entries
 from cache.flights import Flights
 from cache.gate import MAX_CHARS, objection
@@ -44,14 +44,16 @@ class CacheSettings:
     max_entries: int = 50_000
     max_bytes: int = 512 * 2**20
     flight_lease_s: float = FLIGHT_LEASE_S
+    embedding_timeout_s: float = 1.0
+    """A lookup that has no embedding by then is a miss: who asks waits for it before a model may begin."""
     upkeep_interval_s: float = 5.0
     """How often expired entries are removed, times of use written to the store, and the bounds enforced on what other
     replicas stored: until then two that evict the same entry at once may leave one too many."""
 
     def __post_init__(self) -> None:
-        for name in ("ttl_s", "max_entries", "max_bytes", "flight_lease_s", "upkeep_interval_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"cache.{name} must be positive, not {getattr(self, name)}")
+        for field in fields(self):
+            if getattr(self, field.name) <= 0:
+                raise ValueError(f"cache.{field.name} must be positive, not {getattr(self, field.name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,8 @@ class CacheStats:
     num_waiters: int
     is_store_up: bool
     counts: Mapping[str, int]
-    """hit-exact, hit-semantic, miss, joined, stored, evicted, expired, store-failed, embedder-failed, too-long,
-    below-threshold, and `gate-<reason>` for each neighbour that the gate turned down."""
+    """hit-exact, hit-semantic, miss, joined, stored, evicted, expired, store-failed, embedder-failed, embedder-slow,
+    too-long, below-threshold, and `gate-<reason>` for each neighbour that the gate turned down."""
 
 
 class SemanticCache:
@@ -158,9 +160,11 @@ class SemanticCache:
         if miss.flight is not None:
             self._flights.abandon(miss.flight)
 
-    async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
-        """L2-normalised embeddings and the number of tokens read. Raises `Overloaded` or `EngineError`."""
-        embedded = await self._batcher.embed_many(texts)
+    async def embed(self, texts: Sequence[str], first: int = 0) -> tuple[list[tuple[float, ...]], int]:
+        """L2-normalised embeddings and the number of tokens; `first` is what an error calls the first text.
+
+        Raises `PromptTooLong`, `Overloaded` or `EngineError`."""
+        embedded = await self._batcher.embed_many(texts, first)
         return [_to_floats(one) for one in embedded], sum(one.num_tokens for one in embedded)
 
     def stats(self) -> CacheStats:
@@ -221,7 +225,11 @@ class SemanticCache:
         if text is None:
             return None
         try:
-            embedded = await self._batcher.embed(text)
+            async with asyncio.timeout(self._settings.embedding_timeout_s):
+                embedded = await self._batcher.embed(text)
+        except TimeoutError:
+            self._counts["embedder-slow"] += 1
+            return None
         except MillraceError as error:
             self._counts["embedder-failed"] += 1
             if not self._is_embedder_failing:
@@ -286,9 +294,7 @@ class SemanticCache:
             self._flights.settle(query.exact_key, miss.flight, hit)
 
     async def _keep(self, query: CacheQuery, miss: CacheMiss, answer: CachedAnswer) -> None:
-        embedding = None
-        if query.text is not None and miss.embedding is not None and self._is_read_whole(query.text):
-            embedding = np.asarray(miss.embedding, np.float32)
+        embedding = await self._embedding_to_keep(query.text, miss)
         now_s = self._clock()
         entry = Entry(
             key=query.exact_key,
@@ -322,9 +328,18 @@ class SemanticCache:
             self._evict()
             await self._delete_doomed()
 
+    async def _embedding_to_keep(self, text: str | None, miss: CacheMiss) -> Vectors | None:
+        """A lookup that had no time for it has left it to be made now."""
+        if text is None or not self._is_read_whole(text):
+            return None
+        if miss.embedding is not None:
+            return np.asarray(miss.embedding, np.float32)
+        embedded = await self._embed_question(text)
+        return None if embedded is None else embedded.vector
+
     def _is_read_whole(self, text: str) -> bool:
         """By the embedder and by the gate."""
-        return len(text) <= MAX_CHARS and self._embedder.fits(text)
+        return len(text) <= MAX_CHARS and self._embedder.count_tokens([text])[0] <= self._embedder.max_tokens
 
     def _insert(self, entry: Entry) -> None:
         self._doomed.pop(entry.key, None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache.types import CachedAnswer, CacheMiss, CacheQuery, LookupResult
+from replicas.logs import log_like_serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class CacheServerConfig:
 
 class CacheServer:
     async def __init__(self, config: CacheServerConfig) -> None:  # type: ignore[misc]
+        log_like_serve("cache")
         # Imported here: a gateway reads this module for the deployment's name and must load no torch.
         from cache.decision import ThresholdDecision
         from cache.embedder import Embedder, EmbedderConfig
@@ -56,8 +58,8 @@ class CacheServer:
     async def abandon(self, miss: CacheMiss) -> None:
         await self._cache.abandon(miss)
 
-    async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
-        return await self._cache.embed(texts)
+    async def embed(self, texts: Sequence[str], first: int = 0) -> tuple[list[tuple[float, ...]], int]:
+        return await self._cache.embed(texts, first)
 
     async def stats(self) -> Any:
         return self._cache.stats()

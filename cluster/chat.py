@@ -18,7 +18,7 @@ class ChatError(Exception):
 
 def chat(console: Console, url: str, model: str, api_key: str | None, system: str | None) -> None:
     """Read questions until the end of input, answer each as it streams in. Raises ChatError if nobody is there."""
-    client = httpx.Client(base_url=url, timeout=httpx.Timeout(None, connect=5.0), headers=_headers(api_key))
+    client = _client(url, api_key)
     _check(client, model)
     first: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     messages = list(first)
@@ -33,6 +33,16 @@ def chat(console: Console, url: str, model: str, api_key: str | None, system: st
                 messages.append({"role": "assistant", "content": answer})
             else:
                 messages.pop()
+
+
+def _client(url: str, api_key: str | None) -> httpx.Client:
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ChatError(f"--url {url} is not an address ({error}); name one like http://127.0.0.1:8000") from None
+    if address.scheme not in ("http", "https") or not address.host or not 0 < (address.port or 80) < 2**16:
+        raise ChatError(f"--url {url} is not the address of an endpoint; name one like http://127.0.0.1:8000")
+    return httpx.Client(base_url=url, timeout=httpx.Timeout(None, connect=5.0), headers=_headers(api_key))
 
 
 def _check(client: httpx.Client, model: str) -> None:

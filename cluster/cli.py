@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cluster.chat import ChatError, chat
-from cluster.config import BUNDLED_MODEL, ConfigError, MillraceConfig, check_config, load_config, problems, read_keys
+from cluster.config import BUNDLED_MODEL, MillraceConfig, check_config, load_config
 from cluster.local import Interrupted, LocalCluster, StartError, logs_directory
+from cluster.problems import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out = Console(highlight=False)
@@ -109,7 +109,6 @@ def validate(config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml")]) -> 
     """Check a configuration and name the line and key of every mistake."""
     with _errors_as_sentences():
         checked = load_config(config)
-        read_keys(checked.auth)
     models = ", ".join(f"{m.id} × {m.num_replicas}" for m in checked.models)
     out.print(f"{config}: valid; {models}", soft_wrap=True)
 
@@ -188,7 +187,13 @@ def _config_of_flags(
         "models": [{**_given(model), "engine": _given(engine)}],
         "cache": _given(cache),
     }
-    return check_config(data)
+    try:
+        return check_config(data)
+    except ConfigError as error:
+        for problem in error.problems:
+            flag = _flag_name(problem.key.rsplit(".", 1)[-1])
+            err.print(f"error: {flag}: {problem.message}", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
 
 
 def _refuse_flags(flags: dict[str, Any]) -> None:
@@ -212,11 +217,6 @@ def _errors_as_sentences() -> Iterator[None]:
         yield
     except ConfigError as error:
         err.print(str(error), markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except ValidationError as error:
-        for problem in problems(None, error):
-            flag = _flag_name(problem.key.rsplit(".", 1)[-1])
-            err.print(f"error: {flag}: {problem.message}", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except (StartError, ChatError) as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)

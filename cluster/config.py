@@ -1,7 +1,8 @@
 """The configuration file: one YAML, checked to the last key. The only reader of YAML and of the environment.
 
-Every mistake is reported with its line and key, all of them at once. Knows the shape of the configuration, not what
-is built from it (`app.py`). `${NAME}` inside a string is replaced by that environment variable: for secrets and paths.
+Every mistake is reported with its line and key, all of them at once (`problems.py`, `references.py`). Knows the shape
+of the configuration, not what is built from it (`app.py`). `${NAME}` inside a string is replaced by that environment
+variable: for secrets and paths.
 """
 
 from __future__ import annotations
@@ -9,23 +10,37 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from cluster.problems import (
+    HOLDS_ITSELF,
+    ConfigError,
+    Loc,
+    Mistake,
+    Problem,
+    dotted,
+    line_of,
+    mistakes_of,
+    problems_in,
+    tree_mistakes,
+)
+from cluster.references import reference_mistakes
+from replicas.engine.models.source import BUNDLED
+
 BUNDLED_MODEL = "bundled:smollm2-135m"
 BUNDLED_EMBEDDER = "bundled:all-minilm-l6-v2"
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$")]
 Sha256Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ServerSection(Section):
@@ -118,6 +133,14 @@ class ModelSection(Section):
     """Tried in this order when no replica of the model can be reached."""
     engine: EngineSection = EngineSection()
 
+    @field_validator("source")
+    @classmethod
+    def _known_if_bundled(cls, value: str) -> str:
+        if value.startswith("bundled:") and value.removeprefix("bundled:") not in BUNDLED:
+            known = ", ".join(f"bundled:{name}" for name in BUNDLED)
+            raise ValueError(f"no model of that name is bundled; there is {known}")
+        return value
+
 
 class RoutingSection(Section):
     policy: Literal["fixed", "cheapest_capable"] = "cheapest_capable"
@@ -135,10 +158,24 @@ class CacheSection(Section):
     ttl_s: float = Field(24 * 3600.0, gt=0)
     max_entries: int = Field(100_000, ge=1)
     max_bytes: int = Field(512 * 2**20, ge=1024)
-    similarity_threshold: float = Field(0.95, ge=0, le=1)
+    similarity_threshold: float = Field(0.95, gt=0, le=1)
     cache_sampled: bool = False
     """Cache answers drawn at a temperature above 0 too."""
     embedder: str = BUNDLED_EMBEDDER
+
+    @field_validator("redis_url")
+    @classmethod
+    def _names_a_redis(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(REDIS_SCHEMES):
+            raise ValueError(f"must begin with {' or '.join(REDIS_SCHEMES)}")
+        return value
+
+    @field_validator("embedder")
+    @classmethod
+    def _known_if_bundled(cls, value: str) -> str:
+        if value.startswith("bundled:") and value != BUNDLED_EMBEDDER:
+            raise ValueError(f"no embedder of that name is bundled; there is {BUNDLED_EMBEDDER}")
+        return value
 
 
 class MillraceConfig(Section):
@@ -149,57 +186,25 @@ class MillraceConfig(Section):
     routing: RoutingSection = RoutingSection()
     cache: CacheSection = CacheSection()
 
-    @model_validator(mode="after")
-    def _references_hold(self) -> MillraceConfig:
-        names: set[str] = {"auto"}
-        for i, model in enumerate(self.models):
-            for name in (model.id, *model.aliases):
-                if name in names:
-                    raise located(("models", i, "id"), f"the name {name!r} is taken; every id and alias must differ")
-                names.add(name)
-        ids = {m.id for m in self.models}
-        for i, model in enumerate(self.models):
-            for fallback in model.fallbacks:
-                if fallback not in ids or fallback == model.id:
-                    raise located(("models", i, "fallbacks"), f"{fallback!r} is not the id of another model")
-        if self.routing.default_model is not None and self.routing.default_model not in ids:
-            raise located(("routing", "default_model"), f"{self.routing.default_model!r} is not a model of this file")
-        if (
-            not self.server.insecure
-            and self.server.host not in LOOPBACK
-            and not (self.auth.keys or self.auth.keys_file)
-        ):
-            raise located(
-                ("server", "host"),
-                f"{self.server.host} can be reached from outside and no API key is configured; "
-                "add auth.keys, or say `insecure: true` (--insecure)",
-            )
-        return self
 
+class FromEnvironment(str):
+    """Text in which `${NAME}` was replaced. Shown, it is what stands in the file: the environment may hold secrets."""
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    line: int
-    """1-based; 0 where the mistake has no place in a file."""
-    key: str
-    message: str
+    __slots__ = ("_written",)
+    _written: str
 
-    def __str__(self) -> str:
-        where = f"line {self.line}: " if self.line else ""
-        return f"{where}{self.key}: {self.message}" if self.key else f"{where}{self.message}"
+    def __new__(cls, value: str, written: str) -> FromEnvironment:
+        text = super().__new__(cls, value)
+        text._written = written
+        return text
 
-
-class ConfigError(Exception):
-    """One or more mistakes in a configuration; `str()` has a line for each."""
-
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
-        super().__init__("\n".join(f"{source}: {p}" for p in problems))
-        self.problems = tuple(problems)
+    def __repr__(self) -> str:
+        return repr(self._written)
 
 
 def load_config(path: Path, server: Mapping[str, Any] | None = None) -> MillraceConfig:
-    """Read and check a file, in which `server` replaces keys of the section of that name. Raises ConfigError with every
-    mistake that was found."""
+    """Read and check a file, in which `server` replaces keys of the section of that name, and its file of keys. Raises
+    ConfigError with every mistake that was found."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -208,66 +213,39 @@ def load_config(path: Path, server: Mapping[str, Any] | None = None) -> Millrace
 
 
 def parse_config(text: str, source: str = "configuration", server: Mapping[str, Any] | None = None) -> MillraceConfig:
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(source, [Problem(mark.line + 1 if mark else 0, "", f"not valid YAML: {reason}")]) from None
-    found = _duplicate_keys(tree)
+    tree, data, mistakes = _read_yaml(text, source)
     if not isinstance(data, dict):
-        raise ConfigError(source, [Problem(1, "", "must be a mapping with at least `models:`")])
-    data, missing = _expand_environment(data, dict(os.environ))
-    found += [Problem(_line(tree, loc), _dotted(loc), message) for loc, message in missing]
+        raise ConfigError(
+            source, problems_in(tree, [*mistakes, Mistake((), "must be a mapping with at least `models:`")])
+        )
+    data, unset = _expand_environment(data, os.environ)
     if server and isinstance(data.setdefault("server", {}), dict):
         data["server"].update(server)
-    try:
-        config = check_config(data)
-    except ValidationError as error:
-        found += problems(tree, error)
-        config = None
-    if found or config is None:
-        raise ConfigError(source, sorted(found, key=lambda p: p.line))
+    auth = data.get("auth")
+    _, of_keys = _tenants(auth.get("keys"), auth.get("keys_file")) if isinstance(auth, dict) else ({}, [])
+    config, found = _checked(data, unset, of_keys)
+    mistakes += found
+    if mistakes or config is None:
+        raise ConfigError(source, problems_in(tree, mistakes))
     return config
 
 
 def check_args(args: dict[str, Any]) -> MillraceConfig:
     """The `args:` of a Serve application, `${NAME}` and all, to a configuration. Raises ConfigError."""
-    data, missing = _expand_environment(args, dict(os.environ))
-    found = [Problem(0, _dotted(loc), message) for loc, message in missing]
-    try:
-        config = check_config(data)
-    except ValidationError as error:
-        raise ConfigError("args", found + problems(None, error)) from None
-    if found:
-        raise ConfigError("args", found)
-    return config
+    data, unset = _expand_environment(args, os.environ)
+    return _unless_mistaken("args", *_checked(data, unset))
 
 
 def check_config(data: dict[str, Any]) -> MillraceConfig:
-    """A plain mapping, complete as it is, to a configuration. Raises pydantic's ValidationError."""
-    return MillraceConfig.model_validate(data)
+    """A plain mapping, complete as it is, to a configuration. Raises ConfigError."""
+    return _unless_mistaken("configuration", *_checked(data))
 
 
 def read_keys(auth: AuthSection) -> dict[str, str]:
     """{SHA-256 of a key in hex: tenant} from the file and the section together. Raises ConfigError."""
-    keys = list(auth.keys)
-    if auth.keys_file:
-        path = Path(os.path.expanduser(auth.keys_file))
-        try:
-            rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-            keys += [KeySection.model_validate(row) for row in rows or ()]
-        except (OSError, yaml.YAMLError, TypeError, ValidationError):
-            problem = Problem(0, "auth.keys_file", f"{path} must be a YAML list of `tenant` and `sha256`")
-            raise ConfigError("configuration", [problem]) from None
-        if not keys:
-            raise ConfigError("configuration", [Problem(0, "auth.keys_file", f"{path} holds no key")])
-    tenants: dict[str, str] = {}
-    for key in keys:
-        if tenants.setdefault(key.sha256, key.tenant) != key.tenant:
-            message = f"one key for two tenants, {tenants[key.sha256]!r} and {key.tenant!r}; give each its own"
-            raise ConfigError("configuration", [Problem(0, "auth.keys", message)])
+    tenants, mistakes = _tenants(auth.keys, auth.keys_file)
+    if mistakes:
+        raise ConfigError("configuration", problems_in(None, mistakes))
     return tenants
 
 
@@ -278,104 +256,53 @@ def default_cache_path(cache: CacheSection) -> Path:
     return Path(home) / "millrace" / "cache.sqlite3"
 
 
-_PLACE = re.compile(r"^\[at ([^\]]*)\] ")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_Loc = tuple[int | str, ...]
 
 
-def located(loc: _Loc, message: str) -> ValueError:
-    """An error of a whole-file check that still knows its place."""
-    return ValueError(f"[at {_dotted(loc)}] {message}")
+def _read_yaml(text: str, source: str) -> tuple[yaml.Node | None, Any, list[Mistake]]:
+    """The nodes, what they mean, and what is wrong with them. Raises ConfigError where they mean nothing."""
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        mistakes = tree_mistakes(tree)
+        if any(m.message == HOLDS_ITSELF for m in mistakes):  # nobody could walk through what it means
+            raise ConfigError(source, problems_in(tree, mistakes))
+        return tree, yaml.safe_load(text), mistakes
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        line = mark.line + 1 if mark else 0
+    except ValueError:
+        line, reason = 0, "it holds a date or a number that is none"
+    except RecursionError:
+        line, reason = 0, "it is nested too deeply"
+    raise ConfigError(source, [Problem(line, "", f"not valid YAML: {reason}")])
 
 
-def problems(tree: yaml.Node | None, error: ValidationError) -> list[Problem]:
-    """Every mistake with its key, and with its line where `tree` is the YAML that was checked."""
-    errors = error.errors()
-    # An invalid item also makes its list look too short; the item's own mistake is the one to report.
-    places = {tuple(e["loc"]) for e in errors}
-    return [
-        _problem(tree, e)
-        for e in errors
-        if not (e["type"] == "too_short" and any(p[: len(e["loc"])] == e["loc"] and p != e["loc"] for p in places))
-    ]
+def _checked(
+    data: dict[str, Any], unset: Sequence[Mistake] = (), of_keys: Sequence[Mistake] = ()
+) -> tuple[MillraceConfig | None, list[Mistake]]:
+    """What can be made of `data`, and every mistake; of a value whose variable is `unset` only that."""
+    config, found = None, [*reference_mistakes(data), *of_keys]
+    try:
+        config = MillraceConfig.model_validate(data)
+    except ValidationError as error:
+        found = mistakes_of(error, MillraceConfig) + found
+    places = {mistake.loc for mistake in unset}
+    return config, [*unset, *[mistake for mistake in found if mistake.loc not in places]]
 
 
-def _problem(tree: yaml.Node | None, error: Any) -> Problem:
-    loc: _Loc = tuple(error["loc"])
-    message: str = error["msg"].removeprefix("Value error, ")
-    if place := _PLACE.match(message):
-        loc = tuple(int(p) if p.isdigit() else p for p in place[1].split("."))
-        message = message[place.end() :]
-    if error["type"] == "extra_forbidden":
-        message = "unknown key" + _suggestion(loc)
-    elif error["type"] == "missing":
-        message = "is required"
-    else:
-        message = message[0].lower() + message[1:]
-        if error["type"] != "value_error" and not isinstance(error.get("input"), dict | list | tuple):
-            message += f", got {error['input']!r}"
-    return Problem(_line(tree, loc), _dotted(loc), message)
+def _unless_mistaken(source: str, config: MillraceConfig | None, mistakes: Sequence[Mistake]) -> MillraceConfig:
+    if mistakes or config is None:
+        raise ConfigError(source, problems_in(None, mistakes))
+    return config
 
 
-def _suggestion(loc: _Loc) -> str:
-    import difflib
-
-    section: Any = MillraceConfig
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        inner = [a for a in (*getattr(annotation, "__args__", ()), annotation) if hasattr(a, "model_fields")]
-        if not inner:
-            return ""
-        section = inner[0]
-    close = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1)
-    return f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(section.model_fields)}"
-
-
-def _line(tree: yaml.Node | None, loc: _Loc) -> int:
-    """The line of the deepest part of `loc` that stands in the file."""
-    node, line = tree, (tree.start_mark.line + 1 if tree else 0)
-    for part in loc:
-        if isinstance(node, yaml.MappingNode):
-            pairs = {key.value: (key, value) for key, value in node.value}
-            if part not in pairs:
-                break
-            key, node = pairs[part]
-            line = key.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return line
-
-
-def _dotted(loc: _Loc) -> str:
-    return ".".join(map(str, loc))
-
-
-def _duplicate_keys(node: yaml.Node | None, path: _Loc = ()) -> list[Problem]:
-    problems: list[Problem] = []
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            here = (*path, key.value)
-            if key.value in seen:
-                problems.append(Problem(key.start_mark.line + 1, _dotted(here), "stands twice"))
-            seen.add(key.value)
-            problems += _duplicate_keys(value, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            problems += _duplicate_keys(value, (*path, i))
-    return problems
-
-
-def _expand_environment(value: Any, environment: dict[str, str], loc: _Loc = ()) -> tuple[Any, list[tuple[_Loc, str]]]:
+def _expand_environment(value: Any, environment: Mapping[str, str], loc: Loc = ()) -> tuple[Any, list[Mistake]]:
     if isinstance(value, str):
-        unset = [name for name in _VARIABLE.findall(value) if name not in environment]
-        missing = [(loc, f"the environment variable {name} is not set") for name in unset]
-        return _VARIABLE.sub(lambda m: environment.get(m[1], m[0]), value), missing
+        names = _VARIABLE.findall(value)
+        unset = [Mistake(loc, f"the environment variable {n} is not set") for n in names if n not in environment]
+        expanded = _VARIABLE.sub(lambda m: environment.get(m[1], m[0]), value)
+        return FromEnvironment(expanded, value) if names else value, unset
     if isinstance(value, dict):
         pairs = {k: _expand_environment(v, environment, (*loc, k)) for k, v in value.items()}
         return {k: v for k, (v, _) in pairs.items()}, [m for _, ms in pairs.values() for m in ms]
@@ -383,3 +310,60 @@ def _expand_environment(value: Any, environment: dict[str, str], loc: _Loc = ())
         items = [_expand_environment(v, environment, (*loc, i)) for i, v in enumerate(value)]
         return [v for v, _ in items], [m for _, ms in items for m in ms]
     return value, []
+
+
+def _tenants(rows: Any, keys_file: Any) -> tuple[dict[str, str], list[Mistake]]:
+    """{SHA-256 of a key: tenant} of what can be read, and every mistake that `AuthSection` does not know of.
+
+    The messages name places, never what stands there."""
+    at_file = ("auth", "keys_file")
+    keys: list[tuple[Loc, str, KeySection]] = [
+        (("auth", "keys", i), "", key) for i, row in enumerate(_rows(rows)) if (key := _valid_key(row)) is not None
+    ]
+    messages: list[str] = []
+    if isinstance(keys_file, str) and keys_file:
+        in_file, messages = _read_keys_file(Path(os.path.expanduser(keys_file)))
+        keys += [(at_file, f"{row}: ", key) for row, key in in_file]
+        if not keys and not messages:
+            messages.append("the file holds no key")
+    mistakes = [Mistake(at_file, message) for message in messages]
+    tenants: dict[str, str] = {}
+    for loc, row, key in keys:
+        if tenants.setdefault(key.sha256, key.tenant) != key.tenant:
+            mistakes.append(Mistake(loc, f"{row}one key for two tenants, it is another's already; give each its own"))
+    return tenants, mistakes
+
+
+def _read_keys_file(path: Path) -> tuple[list[tuple[str, KeySection]], list[str]]:
+    """(row, key) of every row that is one, and what is wrong with the file or with its other rows."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree, rows = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except OSError as error:
+        return [], [f"the file cannot be read: {error.strerror}"]
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return [], ["the file is not valid YAML"]
+    if not isinstance(rows, list | None):
+        return [], ["the file must be a YAML list of `tenant` and `sha256`"]
+    keys: list[tuple[str, KeySection]] = []
+    messages: list[str] = []
+    for i, content in enumerate(_rows(rows)):
+        row = f"row {i + 1} (line {line_of(tree, (i,))} of the file)"
+        try:
+            keys.append((row, KeySection.model_validate(content)))
+        except ValidationError as error:
+            for mistake in mistakes_of(error, KeySection, ("auth",)):
+                key = dotted(mistake.loc).removeprefix("auth").removeprefix(".")
+                messages.append(": ".join(filter(None, (row, key, mistake.message))))
+    return keys, messages
+
+
+def _valid_key(row: Any) -> KeySection | None:
+    try:
+        return KeySection.model_validate(row)
+    except ValidationError:
+        return None
+
+
+def _rows(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()

@@ -18,18 +18,21 @@ from ray.util import metrics
 
 from replicas.engine.async_engine import AsyncEngine
 from replicas.engine.config import EngineConfig
+from replicas.logs import log_like_serve
 from replicas.types import Chunk, GenerateRequest, Prompt, ReplicaStats
 
 logger = logging.getLogger("ray.serve")
 
 MAX_HEARTBEAT_AGE_S = 60.0
 """A step that takes longer than this counts as a stalled engine; Serve replaces the replica after three such checks."""
+REPORT_PERIOD_S = 2.0
 
 
 class ModelServer:
     """Each constructor argument is a plain value, so that a change of any of them is a rolling update."""
 
     async def __init__(self, model_id: str, config: EngineConfig) -> None:  # type: ignore[misc]
+        log_like_serve("replicas")
         # Serve awaits an async constructor; the replica is ready when it returns.
         self._engine = AsyncEngine.from_config(config, model_id)
         await self._engine.start()
@@ -50,7 +53,7 @@ class ModelServer:
                 if first == started:
                     first = last
                 if chunk.finish_reason is not None and chunk.usage is not None:
-                    self._metrics.record(chunk, started, first, last)
+                    self._metrics.record(chunk, len(request.emitted.token_ids), started, first, last)
                 yield chunk
         finally:
             await chunks.aclose()  # type: ignore[attr-defined]
@@ -79,8 +82,11 @@ class ModelServer:
 
     async def _report_forever(self) -> None:
         while True:
-            await asyncio.sleep(2.0)
-            self._metrics.report(self._engine.stats())
+            await asyncio.sleep(REPORT_PERIOD_S)
+            try:
+                self._metrics.report(self._engine.stats())
+            except Exception:  # one reading is lost, not all that would follow
+                logger.exception("the metrics of this replica could not be reported; the next reading will be tried")
 
 
 class ReplicaMetrics:
@@ -111,17 +117,19 @@ class ReplicaMetrics:
         self._generation = self._histogram("vllm_request_generation_tokens", TOKEN_BUCKETS)
         self._seen: dict[str, int] = dict.fromkeys(self._counters, 0)
 
-    def record(self, final: Chunk, started: float, first: float, last: float) -> None:
-        """One finished request; times in seconds of `time.perf_counter`."""
+    def record(self, final: Chunk, num_resumed: int, started: float, first: float, last: float) -> None:
+        """One finished request, the first `num_resumed` of its tokens being drawn elsewhere, in times of which nothing
+        is known here; times in seconds of `time.perf_counter`."""
         usage = final.usage
         assert usage is not None, "the last chunk carries usage"
         self._success.inc(1, {**self._tags, "finished_reason": str(final.finish_reason)})
         self._ttft.observe(first - started, self._tags)
         self._e2e.observe(last - started, self._tags)
-        if usage.num_completion_tokens > 1:
-            self._tpot.observe((last - first) / (usage.num_completion_tokens - 1), self._tags)
+        num_drawn = usage.num_completion_tokens - num_resumed
+        if num_drawn > 1:
+            self._tpot.observe((last - first) / (num_drawn - 1), self._tags)
         self._prompt.observe(usage.num_prompt_tokens, self._tags)
-        self._generation.observe(usage.num_completion_tokens, self._tags)
+        self._generation.observe(num_drawn, self._tags)
 
     def report(self, stats: ReplicaStats) -> None:
         self._running.set(stats.num_running, self._tags)

@@ -70,7 +70,8 @@ class GenerateRequest:
     cache_salt: str = ""
     """Requests of different salts never share prefix-cache blocks: the tenant, and later the adapter."""
     num_siblings: int = 1
-    """`n` of the client's request; a replica refuses what could never fit its KV cache together."""
+    """`n` of the client's request; a replica refuses answers that could never fit its KV cache together, the prompt
+    that they share counted once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Knows no HTTP and no cache; whoever makes an `Answer` is told once when it is ov
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +74,8 @@ class Choice:
 class Answer:
     """Iterate it once for `(choice index, chunk)`; then, and whenever iteration stops early, await `aclose()`.
 
+    `awaiting()` is entered for as long as the next chunk is waited for, and never while the client is.
+
     Not a generator: closing one that was never started runs none of its code, and an answer whose client left before
     the first byte still has streams to abort and a flight to abandon.
     """
@@ -87,6 +90,7 @@ class Answer:
         num_siblings: int,
         price: Price | None,
         clock: Callable[[], float],
+        awaiting: Callable[[], AbstractContextManager[None]],
         on_end: Callable[[Answer], None],
     ) -> None:
         self.decision = decision
@@ -94,6 +98,7 @@ class Answer:
         self._num_siblings = num_siblings
         self._price = price
         self._clock = clock
+        self._awaiting = awaiting
         self._on_end = on_end
         self._num_open = len(choices)
         self._is_over = False
@@ -126,7 +131,8 @@ class Answer:
         if self._first is not None:
             item, self._first = self._first, None
             return item
-        item = await anext(self._rest)
+        with self._awaiting():
+            item = await anext(self._rest)
         self._note(item)
         return item
 

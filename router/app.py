@@ -22,7 +22,7 @@ from router.admission import Admission
 from router.auth import Authenticator
 from router.completions import Completions
 from router.errors import http_reply
-from router.front_door import FrontDoor
+from router.front_door import ASSETS_PATH, DOCUMENT_PATH, FrontDoor
 from router.gateway import Gateway
 from router.openapi import Responses, answer_response, describe, json_body, responses
 from router.settings import GatewaySettings
@@ -47,7 +47,12 @@ def create_app(gateway: Gateway, settings: GatewaySettings) -> FastAPI:
     """The ASGI application around one gateway. Whoever serves it calls `gateway.close()` at the end."""
     # /docs must work, and stay silent towards the outside, on a machine without internet
     app = FastAPIOffline(
-        title="Millrace", version="1", redoc_url=None, static_url="/docs-assets", redirect_slashes=False
+        title="Millrace",
+        version="1",
+        redoc_url=None,
+        openapi_url=DOCUMENT_PATH,
+        static_url=ASSETS_PATH,
+        redirect_slashes=False,
     )
     on_refusal = gateway.metrics.admission_rejections.inc
     admission = Admission(settings.max_concurrent, settings.max_queued, time.monotonic, on_refusal)

@@ -20,7 +20,7 @@ from router.answer import Answer
 from router.errors import reply_for
 from router.gateway import Gateway
 from router.logs import line, log
-from router.openai import ChoiceText, chat_body, completion_body, to_generate_requests, usage_body
+from router.openai import ChoiceText, chat_body, completion_body, fields_as_sent, to_generate_requests, usage_body
 from router.question import Question
 from router.sse import DONE, ChatEvents, CompletionEvents, EventWriter, error_event
 from router.transport import EventStreamReply, JsonBodies, JsonReply, unless_gone
@@ -46,11 +46,12 @@ class Completions:
         body: ChatCompletionRequest | CompletionRequest
         body = parse(schema, await self._bodies.read(request))
         response_id = f"{prefix}-{uuid.uuid4().hex}"
-        question = self._question(request, body, response_id)
         hold = _Hold()
         is_streaming = False
         try:
-            reply = await unless_gone(request, self._reply(request, body, question, response_id, hold))
+            with fields_as_sent(body):
+                question = self._question(request, body, response_id)
+                reply = await unless_gone(request, self._reply(request, body, question, response_id, hold))
             is_streaming = isinstance(reply, EventStreamReply)  # which lets go itself, at its end
             return reply
         finally:
@@ -64,7 +65,14 @@ class Completions:
         requests = to_generate_requests(
             body, request_id=response_id, tenant=tenant, draw_seed=lambda: secrets.randbits(64)
         )
-        return Question(tuple(requests), tenant, request.headers.get("cache-control"), has_drawn_seed=body.seed is None)
+        return Question(
+            tuple(requests),
+            tenant,
+            http_request_id=request.state.request_id,
+            # RFC 9110 §5.3: several lines of one name mean what one line of all of them means
+            cache_control=", ".join(request.headers.getlist("cache-control")),
+            has_drawn_seed=body.seed is None,
+        )
 
     async def _reply(
         self,

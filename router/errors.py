@@ -26,6 +26,7 @@ from replicas.types import (
 )
 
 UNAVAILABLE_RETRY_AFTER_S = 2.0
+MAX_PATH_CHARS = 128
 
 
 class Unauthorized(MillraceError):
@@ -95,7 +96,7 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     """The first mistake of a request body as a sentence; `param` is its dotted path, e.g. `messages.0.content`."""
     first = error.errors(include_url=False)[0]
     kind, message = first["type"], first["msg"]
-    path = ".".join(str(part) for part in first["loc"]) or first.get("ctx", {}).get("param", "")
+    path = _cut(".".join(str(part) for part in first["loc"]) or first.get("ctx", {}).get("param", ""))
     if kind == "json_invalid":
         detail = message.removeprefix("Invalid JSON: ")
         return InvalidRequest(f"The request body is not valid JSON: {detail}.")
@@ -130,6 +131,11 @@ def _reply(
 def _retry_after(seconds: float) -> dict[str, str]:
     # RFC 9110 §10.2.3: whole seconds; 0 would invite a storm
     return {"retry-after": str(max(1, math.ceil(seconds)))}
+
+
+def _cut(path: str) -> str:
+    """Field names may be the client's own, and of any length."""
+    return path if len(path) <= MAX_PATH_CHARS else path[: MAX_PATH_CHARS - 1] + "…"
 
 
 def _json_type(value: Any) -> str:

@@ -11,11 +11,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Protocol
 
-from replicas.types import Chunk, Emitted, GenerateRequest, ReplicaUnavailable
+from replicas.types import Chunk, Emitted, EngineError, GenerateRequest, MillraceError, Overloaded, ReplicaUnavailable
 from router.logs import line, log
 from router.settings import FailoverSettings
 
 ATTEMPTS_BEFORE_FALLBACK = 3
+
+
+class NoReplicaRunning(ReplicaUnavailable):
+    """There is none to ask, so none was lost."""
 
 
 class Attempts(Protocol):
@@ -27,6 +31,7 @@ async def resumed_stream(
     request: GenerateRequest,
     settings: FailoverSettings,
     *,
+    http_request_id: str = "",
     may_fall_back: Callable[[], bool] = lambda: False,
     on_resume: Callable[[], None] = lambda: None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -35,11 +40,14 @@ async def resumed_stream(
 
     An attempt that ends early, with `ReplicaUnavailable`, with `abort` or without a finish reason, is followed by one
     that starts from the tokens forwarded so far. Raises `ReplicaUnavailable` after as many fruitless ones in a row as
-    `settings` allows, or after `ATTEMPTS_BEFORE_FALLBACK` while another model may still take over (`may_fall_back`).
-    The request's own errors pass straight through.
+    `settings` allows, or after `ATTEMPTS_BEFORE_FALLBACK` while another model may still take over (`may_fall_back`),
+    and `EngineError` once the request has lost as many replicas as one may.
+    The request's own errors pass straight through, and so does `Overloaded` before the first token; later the answer
+    waits for a place, because half of it is out.
     """
+    names = {"request_id": http_request_id, "response_id": request.request_id, "model": request.model}
     seam = _Seam(request.emitted)
-    num_fruitless = 0
+    num_fruitless = num_losses = 0
     while True:
         stream = attempts.stream_once(replace(request, emitted=seam.emitted()))
         try:
@@ -50,15 +58,26 @@ async def resumed_stream(
                 yield seam.forward(chunk)
                 if chunk.finish_reason is not None:
                     return
-            lost = ReplicaUnavailable(f"A replica of {request.model!r} ended the answer before its end.")
+            lost: MillraceError = ReplicaUnavailable(f"A replica of {request.model!r} ended the answer before its end.")
         except ReplicaUnavailable as error:
+            lost = error
+        except Overloaded as error:
+            if not seam.num_tokens:
+                raise
             lost = error
         finally:
             await close(stream)
         num_fruitless += 1
+        num_losses += not isinstance(lost, NoReplicaRunning | Overloaded)
+        if num_losses >= settings.max_losses:
+            log.error(line("given up", **names, num_losses=num_losses))
+            raise EngineError(
+                f"{num_losses} replicas of {request.model!r} were lost while they worked on this request; it may be "
+                "what ends them, so it is not tried again."
+            )
         if num_fruitless >= _max_fruitless(settings, may_fall_back(), seam.num_tokens):
             raise ReplicaUnavailable(f"No replica of {request.model!r} is available now: {lost.message}") from lost
-        log.info(line("resumed", response_id=request.request_id, model=request.model, num_tokens=seam.num_tokens))
+        log.info(line("resumed", **names, num_tokens=seam.num_tokens))
         on_resume()
         # an attempt that got somewhere is followed at once; later ones give Serve time to notice the death
         await sleep(min(settings.max_wait_s, settings.first_wait_s * 2.0 ** (num_fruitless - 1)))

@@ -23,6 +23,10 @@ from router.transport import JsonReply
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """What a load balancer asks without a key."""
 
+DOCUMENT_PATH = "/openapi.json"
+ASSETS_PATH = "/docs-assets"
+"""What /docs loads: files of a mounted folder."""
+
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """What is fit for logs and headers; another id is replaced by one of ours."""
 
@@ -65,9 +69,8 @@ class FrontDoor:
             raise error  # half a reply is out: the server can only cut the connection
 
     def _note(self, scope: Scope, visit: _Visit, tenant: str | None) -> None:
-        route = getattr(scope.get("route"), "path", "unknown")
         status = visit.status or 499
-        self._metrics.http_requests.labels(route, str(status)).inc()
+        self._metrics.http_requests.labels(_route(scope), str(status)).inc()
         level = logging.WARNING if status >= 500 else logging.INFO
         log.log(
             level,
@@ -82,6 +85,17 @@ class FrontDoor:
                 **scope["state"].get("log", {}),
             ),
         )
+
+
+def _route(scope: Scope) -> str:
+    """The label of its count: one of a few, whatever clients ask for."""
+    path = getattr(scope.get("route"), "path", None)
+    if path is not None:
+        return str(path)
+    # FastAPI notes neither mounts nor its own document
+    if scope["path"].startswith(ASSETS_PATH + "/"):
+        return f"{ASSETS_PATH}/*"
+    return DOCUMENT_PATH if scope["path"] == DOCUMENT_PATH else "unknown"
 
 
 class _Visit:

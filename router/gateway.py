@@ -6,8 +6,10 @@ Knows no HTTP (`app.py`) and no Ray (`server.py`): its neighbours are the two pr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -40,6 +42,9 @@ from router.settings import GatewaySettings
 REPLAY_CHARS = 256
 """A cached answer is replayed in chunks of this size."""
 
+MAX_COUNT_S = 1.0
+"""An answer from the cache waits for no longer than this for the number of its prompt's tokens."""
+
 
 class Backend(Protocol):
     """The model replicas. `router/server.py` implements it with Serve handles."""
@@ -70,6 +75,11 @@ class Cache(Protocol):
 
     async def abandon(self, miss: CacheMiss) -> None:
         """The answer will not come (error, cancel, not storable): let the next waiter lead."""
+        ...
+
+    def awaiting(self, miss: CacheMiss) -> AbstractContextManager[None]:
+        """While entered, a chunk of the answer is waited for, and the flight kept however long that takes. A flight
+        whose answer waits for its client instead is lost to the next waiter when its lease runs out."""
         ...
 
     async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
@@ -120,17 +130,22 @@ class Gateway:
         asked_s = self._clock()
         lookup = await self._look_up(question)
         if isinstance(lookup.result, CacheHit):
-            return self._replay(lookup.result)
+            return self._replay(question, lookup.result)
         try:
             route = self._chooser.choose(question, lookup.embedding)
-            model, first, rest = await self._open(question, route)
+            with self._awaiting(lookup):
+                opened = await self._open(question, route)
         except BaseException:
             self._abandon(lookup)
             raise
+        if opened.is_substitute:  # its answer must not stand under the other model's name, and nobody waits for it
+            self._abandon(lookup)
+            lookup = _Lookup(lookup.outcome)
+        model = opened.model
         return Answer(
             self._decision(question, route, model, lookup.outcome),
-            first,
-            rest,
+            opened.first,
+            opened.rest,
             choices=[
                 Choice(self.metrics.clock_answer(model, asked_s), keeps_text=lookup.query is not None)
                 for _ in question.requests
@@ -138,6 +153,7 @@ class Gateway:
             num_siblings=question.num_siblings,
             price=self.catalog.resolve(model).price,
             clock=self._clock,
+            awaiting=lambda: self._awaiting(lookup),
             on_end=lambda answer: self._settle(answer, lookup),
         )
 
@@ -178,32 +194,52 @@ class Gateway:
             return _Lookup(result.kind, query, result)
         return _Lookup("miss" if query.may_read else "bypass", query, result)
 
-    def _replay(self, hit: CacheHit) -> Answer:
+    def _replay(self, question: Question, hit: CacheHit) -> Answer:
         """A cached answer takes the same road as a fresh one, as chunks; no replica works and nothing is billed."""
         cached = hit.answer
         if cached.cost_usd is not None:
             self.metrics.cache_saved_usd.inc(cached.cost_usd)
         self.metrics.routes.labels(cached.model, "cached").inc()
-        chunks = _replay_chunks(cached)
+        first, *rest = _pieces(cached.text)
         return Answer(
             Decision(cached.model, "cached", hit.kind, 0.0),
-            (0, chunks[0]),
-            _replayed(chunks[1:]),
+            (0, Chunk((), first)),
+            self._replayed(question, hit, rest),
             choices=[Choice(None, keeps_text=False)],
             num_siblings=1,
             price=None,
             clock=self._clock,
+            awaiting=contextlib.nullcontext,
             on_end=lambda answer: None,
         )
 
+    async def _replayed(self, question: Question, hit: CacheHit, texts: Sequence[str]) -> AsyncIterator[IndexedChunk]:
+        for text in texts:
+            yield 0, Chunk((), text)
+        # last, so that the text need not wait for it
+        usage = Usage(await self._num_prompt_tokens(question, hit), 0, hit.answer.num_completion_tokens)
+        yield 0, Chunk((), "", finish_reason="stop", stop_reason=hit.answer.stop_reason, usage=usage)
+
+    async def _num_prompt_tokens(self, question: Question, hit: CacheHit) -> int:
+        """Of the asker's own prompt; where nobody can tell, of the one that the cached answer was made for."""
+        model, stored = hit.answer.model, hit.answer.num_prompt_tokens
+        if hit.kind == "hit-exact" or not self.backend.stats(model):
+            return stored
+        try:
+            async with asyncio.timeout(MAX_COUNT_S):
+                token_ids, _ = await self.backend.tokenize(model, question.prompts[0], add_special_tokens=True)
+        except (MillraceError, TimeoutError):
+            return stored
+        return len(token_ids)
+
     # stream
 
-    async def _open(self, question: Question, route: Route) -> tuple[str, IndexedChunk, AsyncIterator[IndexedChunk]]:
+    async def _open(self, question: Question, route: Route) -> _Opened:
         """The first model of the route that brings a first chunk; once one has, the request stays with it."""
         refusals: list[MillraceError] = []
         models = (route.model, *route.fallbacks)
-        for model in models:
-            is_last = model == models[-1]
+        for num_passed, model in enumerate(models):
+            is_last = num_passed == len(models) - 1
             if not is_last and not self.backend.stats(model):
                 refusals.append(ReplicaUnavailable(f"No replica of {model!r} is running."))
                 continue
@@ -212,7 +248,7 @@ class Gateway:
             try:
                 first = await anext(stream)
                 trial.may_fall_back = False
-                return model, first, stream
+                return _Opened(model, first, stream, is_substitute=route.is_substitute or num_passed > 0)
             except (ReplicaUnavailable, Overloaded, PromptTooLong) as error:
                 refusals.append(error)
         # one that may pass is worth more to the client than a prompt too long for a fallback
@@ -225,6 +261,7 @@ class Gateway:
                     self.backend,
                     replace(request, model=model),
                     self._settings.failover,
+                    http_request_id=question.http_request_id,
                     may_fall_back=lambda: trial.may_fall_back,
                     on_resume=self.metrics.resumptions.labels(model).inc,
                 )
@@ -259,6 +296,11 @@ class Gateway:
         )
         self._in_background(self._cache.store(query, miss, cached))
 
+    def _awaiting(self, lookup: _Lookup) -> AbstractContextManager[None]:
+        if self._cache is None or not isinstance(lookup.result, CacheMiss):
+            return contextlib.nullcontext()
+        return self._cache.awaiting(lookup.result)
+
     def _abandon(self, lookup: _Lookup) -> None:
         if self._cache is not None and isinstance(lookup.result, CacheMiss) and lookup.result.flight is not None:
             self._in_background(self._cache.abandon(lookup.result))
@@ -270,6 +312,17 @@ class Gateway:
         task.add_done_callback(self._background.discard)
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An answer that has begun."""
+
+    model: str
+    first: IndexedChunk
+    rest: AsyncIterator[IndexedChunk]
+    is_substitute: bool
+    """Another model than the one that would answer this question on a good day."""
+
+
 @dataclass(slots=True)
 class _Trial:
     """Of one model for one request: until its first chunk another model may take over."""
@@ -277,17 +330,8 @@ class _Trial:
     may_fall_back: bool
 
 
-def _replay_chunks(cached: CachedAnswer) -> list[Chunk]:
-    cuts = range(0, max(1, len(cached.text)), REPLAY_CHARS)
-    chunks = [Chunk((), cached.text[cut : cut + REPLAY_CHARS]) for cut in cuts]
-    usage = Usage(cached.num_prompt_tokens, 0, cached.num_completion_tokens)
-    chunks[-1] = replace(chunks[-1], finish_reason="stop", stop_reason=cached.stop_reason, usage=usage)
-    return chunks
-
-
-async def _replayed(chunks: Sequence[Chunk]) -> AsyncIterator[IndexedChunk]:
-    for chunk in chunks:
-        yield 0, chunk
+def _pieces(text: str) -> list[str]:
+    return [text[cut : cut + REPLAY_CHARS] for cut in range(0, max(1, len(text)), REPLAY_CHARS)]
 
 
 async def _logged(work: Coroutine[Any, Any, None]) -> None:

@@ -6,9 +6,12 @@ Knows OpenAI's shapes and nothing of HTTP, models or replicas. Streams are `sse.
 from __future__ import annotations
 
 import base64
+import codecs
+import contextlib
 import hashlib
+import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +82,19 @@ def to_generate_requests(
         for p, prompt in enumerate(prompts)
         for i in range(n)
     ]
+
+
+@contextlib.contextmanager
+def fields_as_sent(body: ChatCompletionRequest | CompletionRequest) -> Iterator[None]:
+    """Around whatever may refuse `body`: behind the wire there is one `max_tokens`, under whichever name it came."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if not isinstance(body, ChatCompletionRequest) or body.max_completion_tokens is None:
+            raise
+        named = re.sub(r"\bmax_tokens\b", "max_completion_tokens", error.message)
+        param = "max_completion_tokens" if error.param == "max_tokens" else error.param
+        raise type(error)(named, param) from None
 
 
 def derived_seed(seed: int, index: int) -> int:
@@ -154,7 +170,7 @@ def completion_body(
             {
                 "index": index,
                 "text": echo + "".join(choice.parts),
-                "logprobs": completion_logprobs(choice.logprobs, 0) if with_logprobs else None,
+                "logprobs": completion_logprobs(choice.logprobs, TextOffsets()) if with_logprobs else None,
                 "finish_reason": choice.finish_reason,
                 "stop_reason": choice.stop_reason,
             }
@@ -188,19 +204,32 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
     }
 
 
-def completion_logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """`offset`: characters of the choice that stand before these tokens. The sampled token is always among the top."""
-    offsets = []
-    for entry in logprobs:
-        offsets.append(offset)
-        offset += len(entry.token)
+class TextOffsets:
+    """Where in the text of one choice each of its tokens begins, in characters.
+
+    Tokens may share a character: then each of them begins at it."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._num_chars = 0
+
+    def next(self, token: TokenLogprob) -> int:
+        unfinished, _ = self._decoder.getstate()
+        # how many characters there are with the token's first byte, which belongs to the last of them
+        offset = self._num_chars + max(0, len((unfinished + token.token_bytes[:1]).decode(errors="replace")) - 1)
+        self._num_chars += len(self._decoder.decode(token.token_bytes))
+        return offset
+
+
+def completion_logprobs(logprobs: Sequence[TokenLogprob], offsets: TextOffsets) -> dict[str, Any]:
+    """The sampled token is always among the top. `offsets` has seen the tokens before these."""
     return {
-        "tokens": [entry.token for entry in logprobs],
+        "tokens": [_token_name(entry) for entry in logprobs],
         "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
         "top_logprobs": [
-            {scored.token: _finite(scored.logprob) for scored in (entry, *entry.top)} for entry in logprobs
+            {_token_name(scored): _finite(scored.logprob) for scored in (entry, *entry.top)} for entry in logprobs
         ],
-        "text_offset": offsets,
+        "text_offset": [offsets.next(entry) for entry in logprobs],
     }
 
 
@@ -276,6 +305,14 @@ def _num_logprobs(body: SamplingBody) -> int | None:
 
 def _chat_token(scored: TokenLogprob) -> dict[str, Any]:
     return {"token": scored.token, "logprob": _finite(scored.logprob), "bytes": list(scored.token_bytes)}
+
+
+def _token_name(scored: TokenLogprob) -> str:
+    """Its text; of a part of a character, which has none, its bytes, so that no two tokens share a name."""
+    try:
+        return scored.token_bytes.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in scored.token_bytes)
 
 
 def _finite(logprob: float) -> float:

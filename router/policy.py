@@ -31,6 +31,8 @@ class Route:
     """A short token for `x-millrace-route-reason`, e.g. `requested`, `fixed`, `cheapest-capable`, `fallback`."""
     fallbacks: tuple[str, ...] = ()
     """Models to try next, in order, should this one be unavailable."""
+    is_substitute: bool = False
+    """Another model would have been chosen, had it been available."""
 
 
 class RoutingPolicy(Protocol):
@@ -60,10 +62,13 @@ class FixedPolicy:
 
     def choose(self, candidates: Sequence[Candidate]) -> Route:
         usable = {candidate.model for candidate in usable_candidates(candidates)}
-        order = [model for model in (self.model, *self.fallbacks) if model in usable]
+        fitting = {candidate.model for candidate in candidates if candidate.fits}
+        wanted = [model for model in (self.model, *self.fallbacks) if model in fitting]
+        order = [model for model in wanted if model in usable]
         if not order:
             raise NoModelAvailable(f"The model {self.model!r} is not available now.")
-        return Route(order[0], "fixed" if order[0] == self.model else "fallback", tuple(order[1:]))
+        reason = "fixed" if order[0] == self.model else "fallback"
+        return Route(order[0], reason, tuple(order[1:]), is_substitute=order[0] != wanted[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +81,23 @@ class CheapestCapablePolicy:
     quality_target: float
 
     def choose(self, candidates: Sequence[Candidate]) -> Route:
-        usable = usable_candidates(candidates)
-        capable = sorted((c for c in usable if c.quality >= self.quality_target), key=_by_cost)
-        others = sorted((c for c in usable if c.quality < self.quality_target), key=_by_quality)
-        order = tuple(candidate.model for candidate in (*capable, *others))
-        return Route(order[0], "cheapest-capable" if capable else "best-quality", order[1:])
+        order = self._order(usable_candidates(candidates))
+        wanted = self._order([candidate for candidate in candidates if candidate.fits])[0]
+        reason = "cheapest-capable" if order[0].quality >= self.quality_target else "best-quality"
+        models = [candidate.model for candidate in order]
+        return Route(models[0], reason, tuple(models[1:]), is_substitute=models[0] != wanted.model)
+
+    def _order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        capable = sorted((c for c in candidates if c.quality >= self.quality_target), key=_by_cost)
+        others = sorted((c for c in candidates if c.quality < self.quality_target), key=_by_quality)
+        return [*capable, *others]
 
 
 def usable_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that fit and are available, never empty. Raises `NoModelFits` or `NoModelAvailable`."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
-        raise NoModelFits("The prompt and 'max_tokens' together exceed the context of every model.", "max_tokens")
+        raise NoModelFits("The prompt and max_tokens together exceed the context of every model.", "max_tokens")
     usable = [candidate for candidate in fitting if candidate.is_available]
     if not usable:
         raise NoModelAvailable("No model that could take this request is available now.")

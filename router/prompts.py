@@ -14,6 +14,11 @@ TOKENS_PER_MESSAGE = 4
 """Role and delimiters, in the usual templates."""
 
 
+def field_of(prompt: Prompt) -> str:
+    """Where it stands in the client's request."""
+    return "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+
+
 def judged_text(prompt: Prompt) -> str:
     """The last user turn of a chat, the text of a completion; token ids have none."""
     match prompt:

@@ -16,7 +16,9 @@ class Question:
 
     requests: tuple[GenerateRequest, ...]
     tenant: str
-    cache_control: str | None = None
+    http_request_id: str = ""
+    """Under which the logs have the client's request."""
+    cache_control: str = ""
     """The client's header."""
     has_drawn_seed: bool = False
     """The client gave no seed, so any draw answers it; the requests carry one that the gateway drew."""

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +20,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from cache.types import FLIGHT_LEASE_S, CachedAnswer, CacheMiss, CacheQuery, LookupResult
+from replicas.logs import log_like_serve
 from replicas.types import (
     Chunk,
     EngineError,
@@ -33,6 +34,7 @@ from replicas.types import (
 )
 from router.app import create_app
 from router.catalog import Catalog
+from router.failover import NoReplicaRunning
 from router.gateway import Gateway
 from router.metrics import GatewayMetrics
 from router.policy import RoutingPolicy
@@ -44,8 +46,12 @@ logger = logging.getLogger("ray.serve")
 STATS_PERIOD_S = 1.0
 MAX_READING_AGE_S = 60.0
 CALL_TIMEOUT_S = 30.0
-LOOKUP_TIMEOUT_S = 600.0
-"""A lookup may wait for an identical request in flight: as long as an answer takes."""
+MAX_TEXTS_PER_CALL = 128
+"""Of embeddings: Ray's replies between replicas end at 4 MiB."""
+SLOWEST_EMBEDDING_S = 0.1
+"""Of a text that fills the embedder's window, on a busy core."""
+LOOKUP_TIMEOUT_S = 120.0
+"""A lookup may wait for an identical request in flight: as long as a long answer takes. Then its asker goes alone."""
 RENEWAL_PERIOD_S = FLIGHT_LEASE_S / 3
 UPDATE_TIMEOUT_S = 2.0
 
@@ -69,7 +75,7 @@ class GatewayServer:
         models: Mapping[str, DeploymentHandle[Any]],
         cache: DeploymentHandle[Any] | None,
     ) -> None:
-        _log_like_serve()
+        log_like_serve("millrace")
         self._config = config
         self._backend = ReplicaBackend(models)
         self._cache = CacheClient(cache) if cache is not None else None
@@ -156,7 +162,7 @@ class Deployment(Generic[Reading]):
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """The chunks of `generate`, cancelled when the iterator is closed. Raises as `result` does."""
         if not self._readings:
-            raise ReplicaUnavailable(f"No replica of {self.name} is running.")
+            raise NoReplicaRunning(f"No replica of {self.name} is running.")
         response = self.generate.remote(request)
         try:
             chunks = aiter(response)
@@ -176,7 +182,7 @@ class Deployment(Generic[Reading]):
             while not task.done():
                 await asyncio.wait({task}, timeout=STATS_PERIOD_S)
                 if not task.done() and not self._readings:
-                    raise ReplicaUnavailable(f"No replica of {self.name} is running.")
+                    raise NoReplicaRunning(f"No replica of {self.name} is running.")
             return task.result()
         finally:
             task.cancel()
@@ -247,7 +253,8 @@ class CacheClient:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._deployment: Deployment[Any] = Deployment("the semantic cache", handle)
         self._handle = handle
-        self._flights: set[str] = set()  # led by answers of this gateway
+        self._awaited: set[str] = set()  # flights whose answer's next chunk is awaited now
+        self._moved: set[str] = set()  # flights whose answer was awaited at some time since the last renewal
         self._loops: list[asyncio.Task[None]] = []
         self._unclaimed: set[asyncio.Task[None]] = set()
 
@@ -265,10 +272,7 @@ class CacheClient:
             return CacheMiss()
         call = asyncio.ensure_future(self._deployment.result(self._handle.lookup.remote(query), LOOKUP_TIMEOUT_S))
         try:
-            result: LookupResult = await asyncio.shield(call)
-            if isinstance(result, CacheMiss) and result.flight is not None:
-                self._flights.add(result.flight)
-            return result
+            return await asyncio.shield(call)
         except asyncio.CancelledError:
             self._give_back(call)
             raise
@@ -277,18 +281,34 @@ class CacheClient:
             return CacheMiss()
 
     async def store(self, query: CacheQuery, miss: CacheMiss, answer: CachedAnswer) -> None:
-        self._flights.discard(miss.flight or "")
         await self._tell(self._handle.store.remote(query, miss, answer))
 
     async def abandon(self, miss: CacheMiss) -> None:
         if miss.flight is not None:
-            self._flights.discard(miss.flight)
             await self._tell(self._handle.abandon.remote(miss))
 
+    @contextlib.contextmanager
+    def awaiting(self, miss: CacheMiss) -> Iterator[None]:
+        if miss.flight is None:
+            yield
+            return
+        self._awaited.add(miss.flight)
+        try:
+            yield
+        finally:
+            self._awaited.discard(miss.flight)
+            self._moved.add(miss.flight)
+
     async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
-        call = self._handle.embed.remote(tuple(texts))
-        result: tuple[list[tuple[float, ...]], int] = await self._deployment.result(call, CALL_TIMEOUT_S)
-        return result
+        vectors: list[tuple[float, ...]] = []
+        num_tokens = 0
+        for first in range(0, len(texts), MAX_TEXTS_PER_CALL):
+            some = tuple(texts[first : first + MAX_TEXTS_PER_CALL])
+            timeout_s = CALL_TIMEOUT_S + len(some) * SLOWEST_EMBEDDING_S
+            result = await self._deployment.result(self._handle.embed.remote(some, first), timeout_s)
+            vectors += result[0]
+            num_tokens += result[1]
+        return vectors, num_tokens
 
     async def _tell(self, response: Awaitable[None]) -> None:
         try:
@@ -299,8 +319,10 @@ class CacheClient:
     async def _renew_forever(self) -> None:
         while True:
             await asyncio.sleep(RENEWAL_PERIOD_S)
-            if self._flights and self._deployment.readings():
-                await self._tell(self._handle.renew.remote(tuple(self._flights)))
+            flights = self._awaited | self._moved
+            self._moved.clear()
+            if flights and self._deployment.readings():
+                await self._tell(self._handle.renew.remote(tuple(flights)))
 
     def _give_back(self, call: asyncio.Future[LookupResult]) -> None:
         """The asker has left, but the lookup may still bring it the lead of a flight that others wait for."""
@@ -314,11 +336,3 @@ class CacheClient:
         task = asyncio.create_task(abandon_its_flight())
         self._unclaimed.add(task)
         task.add_done_callback(self._unclaimed.discard)
-
-
-def _log_like_serve() -> None:
-    """The gateway's lines go where Serve's go: the replica's own log file, as JSON."""
-    ours = logging.getLogger("millrace")
-    ours.handlers = logger.handlers
-    ours.setLevel(logging.INFO)
-    ours.propagate = False

@@ -29,10 +29,14 @@ class FailoverSettings:
     The waits double from `first_wait_s` to `max_wait_s`. With the defaults an answer that has not begun is given up
     after about five seconds without a replica, one that has begun after about forty: longer than a lone replica takes
     to be replaced. An attempt that brought at least one token starts the count afresh.
+
+    `max_losses` bounds what one request may cost the cluster: nobody knows whether the replicas that were lost under
+    it fell by chance or by the request itself. Waiting for a deployment that has no replica costs none.
     """
 
     max_attempts_before_first_token: int = 8
     max_attempts_amid_answer: int = 25
+    max_losses: int = 5
     first_wait_s: float = 0.05
     max_wait_s: float = 2.0
 

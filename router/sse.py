@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import orjson
 
 from replicas.types import Chunk
-from router.openai import chat_logprobs, completion_logprobs
+from router.openai import TextOffsets, chat_logprobs, completion_logprobs
 
 DONE = b"data: [DONE]\n\n"
 
@@ -76,7 +76,7 @@ class CompletionEvents:
         self._frame = _Frame(response_id, "text_completion", created, model, with_usage)
         self._with_logprobs = with_logprobs
         self._echoes = list(echoes)
-        self._offsets = [0] * len(self._echoes)
+        self._offsets = [TextOffsets() for _ in self._echoes]
 
     def event(self, index: int, chunk: Chunk) -> bytes:
         text, self._echoes[index] = self._echoes[index] + chunk.text, ""
@@ -84,7 +84,6 @@ class CompletionEvents:
         if not text and chunk.finish_reason is None and not shows_logprobs:
             return b""
         logprobs = completion_logprobs(chunk.logprobs, self._offsets[index]) if shows_logprobs else None
-        self._offsets[index] += sum(len(entry.token) for entry in chunk.logprobs)
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
         if chunk.finish_reason is not None:
             choice["stop_reason"] = chunk.stop_reason

@@ -30,11 +30,14 @@ class JsonBodies:
 
     async def read(self, request: Request) -> bytes:
         """The raw body. Raises `BodyTooLarge`, `Overloaded`, `ClientGone`, and `UnsupportedMediaType` for another
-        content type than JSON: a web page can make a browser post anything else to a loopback address without asking.
+        content type than JSON, or none: a web page can make a browser post anything else to a loopback address without
+        asking.
         """
-        content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise UnsupportedMediaType("The request's content-type should be application/json.")
+        content_type = request.headers.get("content-type")
+        if content_type is None:
+            raise UnsupportedMediaType("The header 'content-type: application/json' is missing.")
+        if content_type.partition(";")[0].strip().lower() != "application/json":
+            raise UnsupportedMediaType("The header 'content-type' should be 'application/json'.")
         declared = request.headers.get("content-length", "")
         if declared.isdecimal():
             self._check_size(int(declared))

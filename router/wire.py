@@ -119,6 +119,7 @@ class ChatCompletionRequest(SamplingBody):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     verbosity: str | None = None
     reasoning_effort: str | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -130,6 +131,7 @@ class ChatCompletionRequest(SamplingBody):
     functions: UnsupportedList = None
     audio: Unsupported = None
     prediction: Unsupported = None
+    moderation: Unsupported = None
     web_search_options: Unsupported = None
 
     @model_validator(mode="after")

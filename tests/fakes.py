@@ -155,11 +155,9 @@ class FakeTokenizer:
     """One token per byte of UTF-8, and a few special tokens."""
 
     eos_token_ids: frozenset[int] = frozenset({EOS})
-    vocab_size: int = FAKE_VOCAB_SIZE
     bos_token_id: int | None = None
-    has_chat_template: bool = True
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, max_num_tokens: int | None = None) -> list[int]:
         prefix = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
         return prefix + list(text.encode())
 
@@ -167,10 +165,10 @@ class FakeTokenizer:
         stream = self.stream(skip_special_tokens)
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self, skip_special_tokens: bool = True) -> FakeTextStream:
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> FakeTextStream:
         return FakeTextStream(skip_special_tokens)
 
-    def encode_chat(self, prompt: ChatPrompt) -> list[int]:
+    def encode_chat(self, prompt: ChatPrompt, max_num_tokens: int | None = None) -> list[int]:
         ids: list[int] = []
         for message in prompt.messages:
             if message.get("role") not in ("system", "user", "assistant"):

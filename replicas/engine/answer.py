@@ -16,9 +16,13 @@ from replicas.types import Chunk, Emitted, EngineError, TokenLogprob, Usage
 
 
 class Answer:
-    """Of `request`, whose tokens beyond the prompt are those of `emitted`."""
+    """Of `request`, whose tokens beyond the prompt are those of `emitted`.
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, emitted: Emitted) -> None:
+    A completion continues the prompt's text, so the space that a sentencepiece model draws first belongs to it. The
+    answer to a chat is a text of its own: there the same space is the vocabulary's mark of a beginning and is left out,
+    as where transformers decodes an answer by itself."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, emitted: Emitted, continues_prompt: bool) -> None:
         self._tokenizer = tokenizer
         self._sampling = request.sampling
         self._num_prompt_tokens = request.num_prompt_tokens
@@ -28,7 +32,12 @@ class Answer:
         # A client may hold the last token already and lack only the end, for its replica died in between.
         self._end = request.finish_after_last_token()
         shown = self._shown(emitted.token_ids, self._end)
-        self._detokenizer = Detokenizer(tokenizer, request.sampling, Emitted(tuple(shown), emitted.num_chars))
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            request.sampling,
+            Emitted(tuple(shown), emitted.num_chars),
+            request.prompt_token_ids.tolist() if continues_prompt else (),
+        )
         self.is_finished = self._end is not None or self._detokenizer.match is not None
         self.has_ended = False
         """The engine itself has reported the end; an answer finished by a stop string must still be aborted there."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from replicas.engine.request import Request
 from replicas.engine.sampling_params import SamplingParams
 from replicas.engine.scheduler import RequestOutput
 from replicas.engine.step_thread import Delivery, StepThread
-from replicas.engine.tokenizer import Tokenizer
+from replicas.engine.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from replicas.types import (
     ChatPrompt,
     Chunk,
@@ -35,9 +35,6 @@ from replicas.types import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Characters above which a prompt is encoded off the loop: about 2 ms of encoding.
-LONG_PROMPT_CHARS = 8192
 
 Number = TypeVar("Number", int, float)
 Mailbox = asyncio.Queue[RequestOutput | MillraceError]
@@ -79,7 +76,8 @@ class AsyncEngine:
         self._refuse_if_closed()
         engine_request = await self._admissible(request)
         self._refuse_if_closed()
-        answer = Answer(self._tokenizer, engine_request, request.emitted)
+        continues_prompt = not isinstance(request.prompt, ChatPrompt)
+        answer = Answer(self._tokenizer, engine_request, request.emitted, continues_prompt)
         if answer.is_finished:
             yield answer.last_chunk()
             return
@@ -96,12 +94,12 @@ class AsyncEngine:
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> tuple[list[int], int]:
         """Token ids, and the context in tokens. Raises InvalidRequest for messages that the template refuses."""
-        return await self._encode(prompt, add_special_tokens), self._engine.max_model_len
+        return await self._encode(prompt, add_special_tokens, None), self._engine.max_model_len
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text with special tokens. Raises InvalidRequest for an id outside the vocabulary."""
         self._check_vocabulary(token_ids, "tokens")
-        if len(token_ids) > LONG_PROMPT_CHARS:
+        if len(token_ids) > LONG_TEXT_CHARS:
             return await asyncio.to_thread(self._tokenizer.decode, list(token_ids), False)
         return self._tokenizer.decode(list(token_ids), False)
 
@@ -134,8 +132,10 @@ class AsyncEngine:
         self._fail_streams(self._refusal)
 
     async def _admissible(self, request: GenerateRequest) -> Request:
-        """The engine's request, once it is clear that it can run."""
-        token_ids = await self._encode(request.prompt, add_special_tokens=True)
+        """The engine's request, once it is clear that it can run. The queue is looked at first, for to encode is work,
+        and once more at last, for others may have come meanwhile."""
+        self._check_queue(request)
+        token_ids = await self._encode(request.prompt, True, self._engine.max_model_len)
         param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
         sampling = _with_defaults(request.sampling, self._engine.info.sampling_defaults)
         self._check_vocabulary(token_ids, param)
@@ -154,21 +154,25 @@ class AsyncEngine:
             num_siblings=request.num_siblings,
         )
         try:
-            self._engine.check(engine_request, self._thread.num_arriving)
+            self._engine.check(engine_request)
         except PromptTooLong as error:
             raise PromptTooLong(error.message, param) from None
+        self._check_queue(request)
         return engine_request
 
-    async def _encode(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
+    def _check_queue(self, request: GenerateRequest) -> None:
+        self._engine.check_queue(self._thread.num_arriving, is_resumed=bool(request.emitted.token_ids))
+
+    async def _encode(self, prompt: Prompt, add_special_tokens: bool, max_num_tokens: int | None) -> list[int]:
         if isinstance(prompt, ChatPrompt):
-            num_chars = sum(len(str(message.get("content", ""))) for message in prompt.messages)
-            if num_chars > LONG_PROMPT_CHARS:
-                return await asyncio.to_thread(self._tokenizer.encode_chat, prompt)
-            return self._tokenizer.encode_chat(prompt)
+            if _is_long_chat(prompt):
+                return await asyncio.to_thread(self._tokenizer.encode_chat, prompt, max_num_tokens)
+            return self._tokenizer.encode_chat(prompt, max_num_tokens)
         if isinstance(prompt, TextPrompt):
-            if len(prompt.text) > LONG_PROMPT_CHARS:
-                return await asyncio.to_thread(self._tokenizer.encode, prompt.text, add_special_tokens)
-            return self._tokenizer.encode(prompt.text, add_special_tokens)
+            text = prompt.text
+            if len(text) > LONG_TEXT_CHARS:
+                return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens, max_num_tokens)
+            return self._tokenizer.encode(text, add_special_tokens, max_num_tokens)
         return list(prompt.token_ids)
 
     def _check_vocabulary(self, token_ids: Sequence[int], param: str) -> None:
@@ -214,6 +218,20 @@ async def _take(stream: Mailbox) -> list[RequestOutput]:
         if stream.empty():
             return outputs
         item = stream.get_nowait()
+
+
+def _is_long_chat(prompt: ChatPrompt) -> bool:
+    """By its text and its number of values, tools included. No recursion: a client chooses how deep they nest."""
+    size = 0
+    values: list[object] = [*prompt.messages, *prompt.tools, prompt.template_kwargs]
+    while values and size <= LONG_TEXT_CHARS:
+        value = values.pop()
+        size += len(value) if isinstance(value, str) else 1
+        if isinstance(value, Mapping):
+            values += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            values += value
+    return size > LONG_TEXT_CHARS
 
 
 def _with_defaults(sampling: SamplingParams, defaults: SamplingDefaults) -> SamplingParams:

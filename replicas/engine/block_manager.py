@@ -56,13 +56,15 @@ class BlockManager:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def num_shareable_blocks(self, num_tokens: int) -> int:
+        """Blocks of a beginning that a request of `num_tokens` can find cached: one token is left to compute."""
+        return (num_tokens - 1) // self.block_size if self._enable_prefix_caching else 0
+
     def match_prefix(self, request: Request) -> list[int]:
         """Cached blocks that begin the request, longest run; at least one token is left to compute. Changes nothing."""
-        if not self._enable_prefix_caching:
-            return []
         matched: list[int] = []
         parent: int | str = request.cache_salt
-        for index in range((request.num_tokens - 1) // self.block_size):
+        for index in range(self.num_shareable_blocks(request.num_tokens)):
             block_id = self._by_key.get((parent, self._token_bytes(request, index)))
             if block_id is None:
                 break

@@ -1,8 +1,8 @@
 """Messages to prompt text by the model's own Jinja template, in the same sandbox and with the same helpers as
 `transformers.apply_chat_template`, without importing transformers. Knows no tokens.
 
-A template comes with a model, so it is sandboxed; messages come from a client, so whatever goes wrong with them is an
-`InvalidRequest` on `messages`.
+A template comes with a model, so it is sandboxed; messages, tools and arguments come from a client, so whatever goes
+wrong with them is an `InvalidRequest` on that field.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from replicas.types import ChatPrompt, InvalidRequest
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 _PROBE = "content-probe"
+_MAX_DEPTH = 100
+"""Far beyond any schema of a tool, and far from the recursion limit of Python and of the templates' filters."""
 
 
 class ChatTemplate:
@@ -35,7 +37,7 @@ class ChatTemplate:
         self._compiled: dict[str, tuple[jinja2.Template, bool]] = {}
 
     def render(self, prompt: ChatPrompt) -> str:
-        """The prompt's text. Raises InvalidRequest, `param` "messages" or "chat_template_kwargs"."""
+        """The prompt's text. Raises InvalidRequest, `param` "messages", "tools" or "chat_template_kwargs"."""
         for name in prompt.template_kwargs:
             if name in _RESERVED:
                 raise InvalidRequest(f"{name} is set by the request and cannot be overridden", "chat_template_kwargs")
@@ -43,16 +45,20 @@ class ChatTemplate:
         if not prompt.messages:
             raise InvalidRequest("messages is empty, expected at least one message", "messages")
         messages = [_plain_message(i, message, takes_parts) for i, message in enumerate(prompt.messages)]
-        variables = {**self._special_tokens, **_plain(prompt.template_kwargs)}
+        variables = {
+            **self._special_tokens,
+            "messages": messages,
+            "tools": [_plain(tool, "tools") for tool in prompt.tools] or None,
+            "add_generation_prompt": prompt.add_generation_prompt,
+        }
+        arguments = _plain(prompt.template_kwargs, "chat_template_kwargs")
         try:
-            return template.render(
-                messages=messages,
-                tools=[_plain(tool) for tool in prompt.tools] or None,
-                add_generation_prompt=prompt.add_generation_prompt,
-                **variables,
-            )
+            return template.render({**variables, **arguments})
         except Exception as error:  # a template can fail in any way on messages it does not expect
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
+            blamed, param = "messages", "messages"
+            if arguments and _renders(template, variables):
+                blamed, param = "arguments", "chat_template_kwargs"
+            raise InvalidRequest(f"the model's chat template refuses these {blamed}: {error}", param) from error
 
     def _template(self, with_tools: bool) -> tuple[jinja2.Template, bool]:
         name = "tool_use" if with_tools and "tool_use" in self._sources else "default"
@@ -82,9 +88,17 @@ class ChatTemplate:
         return not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
 
 
+def _renders(template: jinja2.Template, variables: Mapping[str, Any]) -> bool:
+    try:
+        template.render(variables)
+    except Exception:
+        return False
+    return True
+
+
 def _plain_message(index: int, message: Mapping[str, Any], takes_parts: bool) -> dict[str, Any]:
     """A deep copy in plain types, its content in the form the template reads, tool-call arguments as objects."""
-    plain: dict[str, Any] = _plain(message)
+    plain: dict[str, Any] = _plain(message, "messages")
     where = f"messages[{index}]"
     role = plain.get("role")
     if role not in _ROLES:
@@ -93,7 +107,8 @@ def _plain_message(index: int, message: Mapping[str, Any], takes_parts: bool) ->
     if content is None:
         if role != "assistant" or not (plain.get("tool_calls") or plain.get("function_call")):
             raise InvalidRequest(f"{where}.content is missing", "messages")
-        plain["content"] = None
+        # As in vLLM: templates add content to text, or go through its parts, also where there is only a call.
+        plain["content"] = [] if takes_parts else ""
     else:
         text = _content_text(content, where)
         plain["content"] = [{"type": "text", "text": text}] if takes_parts else text
@@ -130,19 +145,28 @@ def _read_arguments(call: object) -> None:
             arguments = json.loads(function["arguments"])
         except ValueError:
             return  # the template gets what the client sent
+        except RecursionError:
+            raise _too_deep("messages") from None
         if isinstance(arguments, dict):
-            function["arguments"] = arguments
+            function["arguments"] = _plain(arguments, "messages")
 
 
-def _plain(value: Any) -> Any:
-    """The value out of JSON types alone: nothing with methods of its own enters the sandbox."""
+def _plain(value: Any, param: str, depth: int = 0) -> Any:
+    """The value out of JSON types alone: nothing with methods of its own enters the sandbox. `param` is the field that
+    is blamed for anything else."""
+    if depth > _MAX_DEPTH:
+        raise _too_deep(param)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, param, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, param, depth + 1) for item in value]
     if value is None or type(value) in (str, int, float, bool):
         return value
-    raise InvalidRequest(f"a message holds a value of type {type(value).__name__}, expected JSON values", "messages")
+    raise InvalidRequest(f"{param} holds a value of type {type(value).__name__}, expected JSON values", param)
+
+
+def _too_deep(param: str) -> InvalidRequest:
+    return InvalidRequest(f"{param} nests values more than {_MAX_DEPTH} levels deep; flatten them", param)
 
 
 class _Generation(jinja2.ext.Extension):

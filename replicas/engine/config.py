@@ -32,7 +32,8 @@ class CacheConfig:
     num_blocks: int | None = None
     memory_bytes: int | None = None
     memory_utilization: float = 0.9
-    """Share of the device's memory that weights, workspace and KV cache may take together."""
+    """Share of a GPU's memory that weights, workspace and KV cache may take together. Not read on a CPU, whose memory
+    other programs need too: there the cache's size follows from what is free (`kv_cache.py`)."""
     enable_prefix_caching: bool = True
 
 

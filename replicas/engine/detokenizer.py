@@ -16,7 +16,7 @@ from replicas.types import Emitted
 
 
 class _Streams(Protocol):
-    def stream(self, skip_special_tokens: bool = True) -> TextStream: ...
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> TextStream: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,24 @@ class StopMatch:
 class Detokenizer:
     """For every split of a token sequence into emitted and appended ones, the released text is the same.
 
-    Of several stop strings the one that is complete first wins, then the longer one. As in vLLM, one that is complete
-    within the first `min_tokens` tokens is ordinary text.
+    The text goes on from that of `continued_token_ids`, a prompt, or stands on its own where there are none. Of several
+    stop strings the one that is complete first wins, then the longer one. As in vLLM, one that is complete within the
+    first `min_tokens` tokens is ordinary text.
     """
 
-    def __init__(self, tokenizer: _Streams, sampling: SamplingParams, emitted: Emitted) -> None:
-        self._stream = tokenizer.stream(sampling.skip_special_tokens)
+    def __init__(
+        self,
+        tokenizer: _Streams,
+        sampling: SamplingParams,
+        emitted: Emitted,
+        continued_token_ids: Sequence[int] = (),
+    ) -> None:
+        self._stream = tokenizer.stream(sampling.skip_special_tokens, continued_token_ids)
         self._stops = tuple(stop for stop in sampling.stop if stop)
         self._include_stop = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens
         self._num_tokens = 0
-        # All text so far is: released (num_chars) + ready + held + what the stream still keeps.
+        # All text so far is: released + ready + held + what the stream still keeps.
         self._ready = ""
         self._held = ""
         self._is_flushed = False
@@ -48,14 +55,8 @@ class Detokenizer:
         replayed = self.append(emitted.token_ids)
         if replayed is not None:
             self.match = StopMatch(replayed.stop, 0)
-        self._num_chars = emitted.num_chars
         self._num_known = emitted.num_chars
         """Characters at the front of the ready text that the client already holds: they are not released again."""
-
-    @property
-    def num_chars(self) -> int:
-        """Characters of the answer the client holds once it has all that `take` returned."""
-        return self._num_chars
 
     def append(self, token_ids: Sequence[int]) -> StopMatch | None:
         """Take in more tokens; the match if a stop string is complete. Later tokens are then ignored."""
@@ -79,7 +80,6 @@ class Detokenizer:
         text = self._ready[self._num_known :]
         self._num_known = max(0, self._num_known - len(self._ready))
         self._ready = ""
-        self._num_chars += len(text)
         return text
 
     def _read(self, text: str) -> str | None:

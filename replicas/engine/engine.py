@@ -60,7 +60,7 @@ class EngineStats:
 
 
 class Engine:
-    """Only the thread that calls `start` may call the rest, but for `info`, `check` and `stats`."""
+    """Only the thread that calls `start` may call the rest, but for `info`, the two checks and `stats`."""
 
     def __init__(self, config: EngineConfig, info: ModelFacts, executor: Executor) -> None:
         self.info = info
@@ -88,15 +88,16 @@ class Engine:
         """The model's context, or the tokens that the KV cache holds if those are fewer."""
         return self._scheduler.max_model_len
 
-    def check(self, request: Request, num_arriving: int) -> None:
-        """Refuse what can never run or finds the queue full, `num_arriving` being requests not yet added.
-
-        Raises PromptTooLong, InvalidRequest or Overloaded."""
+    def check(self, request: Request) -> None:
+        """Refuse what can never run. Raises PromptTooLong or InvalidRequest."""
         self._scheduler.check(request)
-        self._scheduler.check_queue(num_arriving)
+
+    def check_queue(self, num_arriving: int, is_resumed: bool) -> None:
+        """Raises Overloaded where the queue is full, `num_arriving` being requests not yet added."""
+        self._scheduler.check_queue(num_arriving, is_resumed)
 
     def add(self, request: Request) -> None:
-        """Queue a request; raises what `check` raises."""
+        """Queue a request; raises what `check` and `check_queue` raise."""
         self._scheduler.add(request)
 
     def abort(self, request_id: str) -> None:

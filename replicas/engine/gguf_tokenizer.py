@@ -18,28 +18,33 @@ from tokenizers.models import BPE
 _CONTROL, _USER_DEFINED = 3, 4
 """Values of `tokenizer.ggml.token_type`."""
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
-"""Control tokens that end an answer in their chat formats; files written before `eot_token_id` existed name only
-one end."""
+_END_OF_TURN = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"),
+    *("<|end_of_text|>", "<|endoftext|>", "<EOT>", "_<EOT>"),
+)
+"""Control tokens that end an answer, as llama.cpp has them; files written before `eot_token_id` existed name only one
+end."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTokenizer:
     backend: Backend
-    bos_token_id: int | None
+    prefix: tuple[int, ...]
+    """Tokens before every text, and `suffix` those after it."""
+    suffix: tuple[int, ...]
     eos_token_ids: frozenset[int]
-    add_bos: bool
-    add_eos: bool
+    """Every token that ends an answer."""
     special_tokens: Mapping[str, str]
     """`bos_token`, `eos_token` ... as a chat template names them."""
     chat_template: str | None
 
 
 def read_gguf(fields: Mapping[str, Any]) -> GgufTokenizer:
-    """Raises ValueError, naming the field that is missing or not supported."""
+    """Raises ValueError, naming the field that is missing, damaged or not supported."""
     model = _required(fields, "model")
-    tokens: Sequence[str] = _required(fields, "tokens")
-    types = _types(fields, len(tokens))
+    _required(fields, "tokens")
+    tokens: Sequence[str] = _list(fields, "tokens", str)
+    types: Sequence[int] = _list(fields, "token_type", int, len(tokens)) or [1] * len(tokens)
     pre = str(fields.get("tokenizer.ggml.pre", "default"))
     if model == "gpt2":
         backend = _byte_level(fields, tokens, pre)
@@ -49,21 +54,23 @@ def read_gguf(fields: Mapping[str, Any]) -> GgufTokenizer:
         raise ValueError(f"tokenizer.ggml.model is {model!r}; supported are 'gpt2' and 'llama'")
     _add_special_tokens(backend, tokens, types)
 
-    bos = _token_id(fields, "bos", len(tokens))
-    ends = [_token_id(fields, name, len(tokens)) for name in ("eos", "eot", "eom")]
-    by_name = {token: i for i, token in enumerate(tokens) if types[i] == _CONTROL and token in _END_OF_TURN}
+    bos, eos = _token_id(fields, "bos", len(tokens)), _token_id(fields, "eos", len(tokens))
+    ends = [_token_id(fields, name, len(tokens)) for name in ("eot", "eom")]
+    by_name = [i for i, token in enumerate(tokens) if types[i] == _CONTROL and token in _END_OF_TURN]
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: _token_id(fields, key, len(tokens)) for name, key in names.items()}
-    # llama.cpp's defaults, for files that do not say: sentencepiece and Llama 3 begin with BOS.
-    default_bos = model == "llama" or pre in ("llama3", "llama-v3", "llama-bpe")
+    has_bos = _flag(fields, "add_bos_token", model == "llama" or pre in _BEGINS_WITH_BOS)
+    has_eos = _flag(fields, "add_eos_token", False)
+    chat_template = fields.get("tokenizer.chat_template")
+    if not (chat_template is None or isinstance(chat_template, str)):
+        raise ValueError(f"tokenizer.chat_template is {chat_template!r}, expected a text")
     return GgufTokenizer(
         backend=backend,
-        bos_token_id=bos,
-        eos_token_ids=frozenset(i for i in ends if i is not None) | frozenset(by_name.values()),
-        add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", default_bos)),
-        add_eos=bool(fields.get("tokenizer.ggml.add_eos_token", False)),
+        prefix=(bos,) if has_bos and bos is not None else (),
+        suffix=(eos,) if has_eos and eos is not None else (),
+        eos_token_ids=frozenset(i for i in (eos, *ends, *by_name) if i is not None),
         special_tokens={name: tokens[i] for name, i in ids.items() if i is not None},
-        chat_template=fields.get("tokenizer.chat_template"),
+        chat_template=chat_template,
     )
 
 
@@ -73,10 +80,9 @@ def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], pre: str) -> B
         raise ValueError(
             f"tokenizer.ggml.pre is {pre!r}, which is not supported; known are {', '.join(sorted(_SPLITS))}"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in _required(fields, "merges")]
+    _required(fields, "merges")
     vocab = {token: i for i, token in enumerate(tokens)}
-    model = BPE(vocab=vocab, merges=merges, ignore_merges=pre in _IGNORES_MERGES)
-    backend = Backend(model)
+    backend = Backend(_bpe(vocab, _merges(fields), ignore_merges=pre in _IGNORES_MERGES))
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
@@ -88,17 +94,13 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str]) -> Backend:
     """Sentencepiece's BPE: the best-scored adjacent pair is merged first; unknown characters fall back to bytes."""
     vocab = {token: i for i, token in enumerate(tokens)}
     unknown = _token_id(fields, "unknown", len(tokens))
-    given = fields.get("tokenizer.ggml.merges")
-    merges = [tuple(m.split(" ", 1)) for m in given] if given else _merges_of_scores(vocab, _required(fields, "scores"))
-    model = BPE(
-        vocab=vocab,
-        merges=merges,
-        unk_token=None if unknown is None else tokens[unknown],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    backend = Backend(model)
-    has_prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+    merges = _merges(fields)
+    if not merges:
+        _required(fields, "scores")
+        merges = _merges_of_scores(vocab, _list(fields, "scores", (int, float), len(tokens)))
+    unk_token = None if unknown is None else tokens[unknown]
+    backend = Backend(_bpe(vocab, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
+    has_prefix = _flag(fields, "add_space_prefix", True)
     replace = normalizers.Replace(" ", _SPACE_MARK)
     steps = [decoders.Replace(_SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
     if has_prefix:
@@ -108,6 +110,24 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str]) -> Backend:
         backend.normalizer = replace
         backend.decoder = decoders.Sequence(steps)
     return backend
+
+
+def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> BPE:
+    try:
+        return BPE(vocab=vocab, merges=merges, **options)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"tokenizer.ggml.merges and tokenizer.ggml.tokens do not fit: {error}") from error
+
+
+def _merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The pairs that are merged, the first to be merged first; none if the file has no such field."""
+    merges = []
+    for merge in _list(fields, "merges", str):
+        left, space, right = merge.partition(" ")
+        if not (left and space and right):
+            raise ValueError(f"tokenizer.ggml.merges has the entry {merge!r}, expected two tokens with a space between")
+        merges.append((left, right))
+    return merges
 
 
 def _merges_of_scores(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
@@ -137,25 +157,49 @@ def _add_special_tokens(backend: Backend, tokens: Sequence[str], types: Sequence
     backend.add_tokens([t for t in known if t.content])
 
 
-def _types(fields: Mapping[str, Any], num_tokens: int) -> list[int]:
-    types = fields.get("tokenizer.ggml.token_type")
-    if types is None:
-        return [1] * num_tokens
-    if len(types) != num_tokens:
-        raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries for {num_tokens} tokens")
-    return [int(kind) for kind in types]
+def _list(
+    fields: Mapping[str, Any], name: str, kinds: type | tuple[type, ...], num_tokens: int | None = None
+) -> list[Any]:
+    """The field's entries, each of `kinds`, and one per token where `num_tokens` is given; none without the field."""
+    values = fields.get(f"tokenizer.ggml.{name}")
+    if values is None:
+        return []
+    if not isinstance(values, list):
+        raise ValueError(f"tokenizer.ggml.{name} is {values!r}, expected a list")
+    for i, value in enumerate(values):
+        if not isinstance(value, kinds):
+            raise ValueError(f"tokenizer.ggml.{name}[{i}] is {value!r}, which is of the wrong type")
+    if num_tokens is not None and len(values) != num_tokens:
+        raise ValueError(f"tokenizer.ggml.{name} has {len(values)} entries for {num_tokens} tokens")
+    return values
+
+
+def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = fields.get(f"tokenizer.ggml.{name}")
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ValueError(f"tokenizer.ggml.{name} is {value!r}, expected true or false")
+    return value
 
 
 def _required(fields: Mapping[str, Any], name: str) -> Any:
     value = fields.get(f"tokenizer.ggml.{name}")
-    if value is None:
-        raise ValueError(f"the GGUF file has no field tokenizer.ggml.{name}, so it carries no usable tokenizer")
+    if value is None or value == []:
+        raise ValueError(
+            f"the GGUF file has no field tokenizer.ggml.{name} or an empty one, so it carries no usable tokenizer"
+        )
     return value
 
 
 def _token_id(fields: Mapping[str, Any], name: str, num_tokens: int) -> int | None:
+    """None also for a number that is no token: some files write one where there is no such token."""
     value = fields.get(f"tokenizer.ggml.{name}_token_id")
-    return int(value) if value is not None and 0 <= int(value) < num_tokens else None
+    if value is None:
+        return None
+    if not isinstance(value, int):
+        raise ValueError(f"tokenizer.ggml.{name}_token_id is {value!r}, expected the number of a token")
+    return value if 0 <= value < num_tokens else None
 
 
 _GPT_2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
@@ -200,3 +244,6 @@ _SPLITS: Mapping[str, tuple[str, ...]] = {
 
 _IGNORES_MERGES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken")
 """These take a piece that is in the vocabulary as one token, even where merges do not lead to it."""
+
+_BEGINS_WITH_BOS = _IGNORES_MERGES
+"""llama.cpp's default for files that do not say; sentencepiece begins with BOS as well."""

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from replicas.engine.batch import Penalised, SamplingColumns
 
+_LARGEST = float(torch.finfo(torch.float32).max)
+
 
 def apply_edits(logits: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor, dict[int, str]]:
     """Edited float32 scores (num_samples, vocab_size), and the rows whose edits make no sense, with the reason.
@@ -75,6 +77,8 @@ def _penalise(scores: torch.Tensor, entry: Penalised, columns: SamplingColumns, 
     seen = scores[row, where]
     if repetition != 1.0:
         seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+        # a penalty next to 0 divides by next to nothing: the token is as likely as can be, not an error
+        seen = seen.clamp(-_LARGEST, _LARGEST)
     cost = np.zeros(len(token_ids), np.float32)
     cost[np.searchsorted(token_ids, output_ids)] = columns.presence_penalty[row] + columns.frequency_penalty[
         row

@@ -14,18 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from replicas.engine.batch import Logprobs, SamplingColumns, StepOutput
-from replicas.engine.kernels import GumbelDraws, Kernels
+from replicas.engine.kernels import GumbelDraws, Kernels, TopOfRows
 from replicas.engine.logit_edits import apply_edits
 from replicas.engine.philox import WORDS_PER_BLOCK, philox4x32, split_words
 from replicas.engine.sampling_params import MAX_LOGPROBS
 
 NOT_FINITE = "the model's logits are not finite, or every token is banned: no token can be drawn"
 
-_NUM_CANDIDATES = 256
-_MAX_CANDIDATES = 1024
-"""Rows with a larger top-k sort their whole vocabulary."""
-_CHUNK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
-"""Elements of (rows, vocab) that one pass over the whole vocabulary touches: about the CPU's cache, the GPU's spare."""
+_NUM_CANDIDATES = 256 + 1
+_MAX_CANDIDATES = 1024 + 1
+"""The largest top-k that they decide, and one more: what ties with the last candidate may be missing. Rows with a
+larger top-k sort their whole vocabulary."""
 
 
 class Sampler:
@@ -35,7 +34,6 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._kernels = kernels
-        self._rows_per_chunk = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 16) // vocab_size)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, columns: SamplingColumns) -> StepOutput:
@@ -65,19 +63,17 @@ class Sampler:
         is_open = token_ids < 0
         if is_open.any():
             rest = draws.some(np.flatnonzero(is_open))
-            columns = rest.temperature, rest.threshold, rest.seed, rest.position
-            token_ids[is_open] = self._kernels.draw_of_rows(scores, GumbelDraws(rest.rows, best[rest.rows], *columns))
+            token_ids[is_open] = self._kernels.draw_of_rows(scores, rest.gumbel(best))
         return token_ids
 
     def _draw_filtered(self, scores: torch.Tensor, best: NDArray[np.float32], draws: _Draws) -> NDArray[np.int64]:
         """Draw by the likeliest few hundred tokens where they decide, else by the whole sorted row. -1: the filters of
         the row keep too much to be worth a sort, it has only a min-p threshold."""
-        scaled = self._scaled(scores, best, draws)
         widest = int(draws.top_k.max())
-        width = min(self._vocab_size, _NUM_CANDIDATES if widest <= _NUM_CANDIDATES else _MAX_CANDIDATES)
-        totals = self._totals(scaled, draws)
-        candidates = _Candidates.of(*scaled.topk(width, dim=-1), is_whole=width == self._vocab_size)
-        num_kept = candidates.num_kept(draws, totals)
+        width = min(self._vocab_size, _NUM_CANDIDATES if widest < _NUM_CANDIDATES else _MAX_CANDIDATES)
+        top = self._kernels.top_of_rows(scores, draws.gumbel(best), width)
+        candidates = _Candidates.of(top, is_whole=width == self._vocab_size)
+        num_kept = candidates.num_kept(draws, top.mass)
         token_ids = np.full(len(draws.rows), -1, np.int64)
         known = np.flatnonzero(num_kept > 0)
         if len(known):
@@ -85,34 +81,10 @@ class Sampler:
 
         for i in np.flatnonzero((num_kept == 0) & draws.needs_order).tolist():
             one = draws.some(np.array([i]))
-            whole = _Candidates.of_whole_row(scaled[i], one, totals[i : i + 1])
+            scaled = (scores[one.rows[0]].cpu().numpy() - best[one.rows]) / one.temperature
+            whole = _Candidates.of_whole_row(scaled, one, top.mass[i : i + 1])
             token_ids[i] = whole.draw(one, np.array([0]), whole.num_certain)[0]
         return token_ids
-
-    def _scaled(self, scores: torch.Tensor, best: NDArray[np.float32], draws: _Draws) -> torch.Tensor:
-        """(num_draws, vocab_size): the largest score becomes 0, so that no temperature overflows and min-p is a plain
-        threshold."""
-        rows = draws.rows
-        some = scores if len(rows) == len(scores) else scores[torch.from_numpy(rows).to(self._device)]
-        return (some - self._column(best[rows])) / self._column(draws.temperature)
-
-    def _totals(self, scaled: torch.Tensor, draws: _Draws) -> NDArray[np.float64]:
-        """Unnormalised mass of every token that min-p keeps, for rows where only top-p limits the choice; else 0.
-
-        Summed in float64: the order of the sum, which may depend on the batch, then decides nothing."""
-        totals = np.zeros(len(draws.rows), np.float64)
-        wanted = np.flatnonzero((draws.top_p < 1) & (draws.top_k == 0))
-        for start in range(0, len(wanted), self._rows_per_chunk):
-            chunk = wanted[start : start + self._rows_per_chunk]
-            some = scaled[torch.from_numpy(chunk).to(self._device)]
-            mass = some.exp()
-            if draws.has_threshold[chunk].any():
-                mass *= some >= self._column(draws.threshold[chunk])
-            totals[chunk] = mass.sum(dim=-1, dtype=torch.float64).cpu().numpy()
-        return totals
-
-    def _column(self, values: NDArray[np.float32]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)[:, None]
 
     def _logprobs(
         self, logits: torch.Tensor, token_ids: NDArray[np.int64], columns: SamplingColumns, errors: dict[int, str]
@@ -166,6 +138,10 @@ class _Draws:
             columns.position[rows],
         )
 
+    def gumbel(self, best: NDArray[np.float32]) -> GumbelDraws:
+        columns = self.temperature, self.threshold, self.seed, self.position
+        return GumbelDraws(self.rows, best[self.rows], *columns)
+
     def some(self, indices: NDArray[np.int64]) -> _Draws:
         return _Draws(*(getattr(self, field.name)[indices] for field in fields(self)))
 
@@ -196,12 +172,10 @@ class _Candidates:
     num_certain: NDArray[np.int64]
 
     @classmethod
-    def of(cls, scores: torch.Tensor, token_ids: torch.Tensor, is_whole: bool) -> _Candidates:
-        values: NDArray[np.float32] = scores.cpu().numpy()
-        ids: NDArray[np.int64] = token_ids.cpu().numpy()
+    def of(cls, top: TopOfRows, is_whole: bool) -> _Candidates:
+        values, ids = top.scores, top.token_ids
         has_ties = np.flatnonzero((values[:, 1:] == values[:, :-1]).any(axis=1))
         if len(has_ties):
-            values, ids = values.copy(), ids.copy()
             order = np.lexsort((ids[has_ties], -values[has_ties]))
             values[has_ties] = np.take_along_axis(values[has_ties], order, axis=1)
             ids[has_ties] = np.take_along_axis(ids[has_ties], order, axis=1)
@@ -210,10 +184,9 @@ class _Candidates:
         return cls(values, ids, num_certain)
 
     @classmethod
-    def of_whole_row(cls, row: torch.Tensor, draw: _Draws, total: NDArray[np.float64]) -> _Candidates:
-        """Exactly the tokens of one row (vocab,) that pass its filters, `draw` and `total` being that row's. Only the
+    def of_whole_row(cls, values: NDArray[np.float32], draw: _Draws, total: NDArray[np.float64]) -> _Candidates:
+        """Exactly the tokens of one row of scores (vocab,) that pass its filters, `draw` and `total` its own. Only the
         values are sorted, several times faster than ids with them; the last kept value tells which tokens stay."""
-        values: NDArray[np.float32] = row.cpu().numpy()
         ordered = -np.sort(-values)
         whole = cls(ordered[None, :], np.empty((1, 0), np.int64), np.array([len(values)]))
         num_kept = int(whole.num_kept(draw, total)[0])

@@ -1,4 +1,5 @@
-"""How one request wants its tokens drawn. Plain values, checked once at birth; no torch, no wire names of HTTP."""
+"""How one request wants its tokens drawn. Plain values that whoever takes them from a client has checked (the gateway's
+wire schemas do); no torch, no wire names of HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """vLLM's names and meanings; `None` means the model's own default (`with_defaults` fills it in).
+    """vLLM's names and meanings; `None` means the model's own default, which `AsyncEngine` fills in.
 
     `temperature` 0 is greedy. `top_k` 0 or -1 and `top_p` 1 switch the filter off. `logprobs` is the number of
     alternatives to report beside the sampled token (0: the sampled token only, None: nothing).

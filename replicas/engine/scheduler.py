@@ -98,24 +98,19 @@ class Scheduler:
                 f"{self._limit_text()}; ask for at most {limit - num_prompt}",
                 "max_tokens",
             )
-        num_needed = request.num_siblings * self._blocks.num_blocks_for(num_prompt + max_tokens)
-        if request.num_siblings > 1 and num_needed > self._blocks.num_blocks:
-            raise InvalidRequest(
-                f"n = {request.num_siblings} answers of {num_prompt} + {max_tokens} tokens each need {num_needed} "
-                f"blocks of the KV cache, which has {self._blocks.num_blocks}; lower n or max_tokens",
-                "n",
-            )
+        self._check_siblings(request, max_tokens)
 
-    def check_queue(self, num_arriving: int) -> None:
-        """Raises Overloaded when, with `num_arriving` more on their way, the waiting queue is full."""
-        if len(self._waiting) + num_arriving >= self._config.max_queued_requests:
+    def check_queue(self, num_arriving: int, is_resumed: bool) -> None:
+        """Raises Overloaded when, with `num_arriving` more on their way, the waiting queue is full. A resumed request
+        is always taken: its client is in the middle of an answer, for which it was admitted already."""
+        if not is_resumed and len(self._waiting) + num_arriving >= self._config.max_queued_requests:
             raise Overloaded(f"{self._config.max_queued_requests} requests are waiting already; try again later")
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises what `check` and `check_queue` raise; a refused request leaves no trace."""
         assert request.request_id not in self._requests, f"request {request.request_id} is here already"
         self.check(request)
-        self.check_queue(0)
+        self.check_queue(0, is_resumed=request.num_output_tokens > 0)
         request.max_num_tokens = min(request.max_num_tokens, self.max_model_len)
         assert request.finish_after_last_token() is None, f"request {request.request_id} is finished already"
         self._requests[request.request_id] = request
@@ -144,10 +139,15 @@ class Scheduler:
         return scheduled
 
     def update(self, scheduled: Sequence[Scheduled], batch: Batch, output: StepOutput) -> list[RequestOutput]:
-        """Take in what a step computed: publish filled blocks, append drawn tokens, finish who is done."""
-        for item in scheduled:
+        """Take in what a step computed: publish filled blocks, append drawn tokens, finish who is done.
+
+        Raises ValueError, with nothing changed, where the output is not of this batch: `fail` then ends them all."""
+        _check_output(batch, output)
+        failed = {int(batch.sampled_requests[row]) for row in output.errors}
+        for index, item in enumerate(scheduled):
             item.request.num_computed_tokens += item.num_new_tokens
-            self._blocks.publish(item.request)
+            if index not in failed:  # what was stored for it may be as broken as its logits
+                self._blocks.publish(item.request)
         outputs = []
         for row, index in enumerate(batch.sampled_requests.tolist()):
             request = scheduled[index].request
@@ -274,7 +274,26 @@ class Scheduler:
         self._blocks.free(request)
         request.num_computed_tokens = 0
 
+    def _check_siblings(self, request: Request, max_tokens: int) -> None:
+        """Refuse more answers than the KV cache holds side by side, the full blocks of their prompt counted once."""
+        num_prompt, num_answers = request.num_prompt_tokens, request.num_siblings
+        num_shared = self._blocks.num_shareable_blocks(num_prompt)
+        num_own = self._blocks.num_blocks_for(num_prompt + max_tokens) - num_shared
+        num_needed = num_shared + num_answers * num_own
+        if num_answers > 1 and num_needed > self._blocks.num_blocks:
+            raise InvalidRequest(
+                f"n = {num_answers} answers of {num_prompt} + {max_tokens} tokens each need {num_needed} "
+                f"blocks of the KV cache, which has {self._blocks.num_blocks}; lower n or max_tokens",
+                "n",
+            )
+
     def _limit_text(self) -> str:
         if self.max_model_len < self._model_len:
             return f"the KV cache of this replica holds {self.max_model_len} tokens"
         return f"the model's context is {self.max_model_len} tokens"
+
+
+def _check_output(batch: Batch, output: StepOutput) -> None:
+    drawn, num_rows = output.token_ids, len(batch.sampled_requests)
+    if drawn.shape != (num_rows,) or drawn.dtype.kind not in "iu":
+        raise ValueError(f"the step's tokens are {drawn.dtype} of shape {drawn.shape}, expected {num_rows} integers")

@@ -10,12 +10,16 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+_MAX_OPEN_BYTES = 3
+"""Of a UTF-8 character that lacks its last one."""
+_MIN_CONTEXT_TOKENS = 4
 
 
 class TextStream(Protocol):
@@ -51,11 +55,14 @@ class TokenText:
         stream = self.stream(skip_special_tokens)
         return "".join([stream.push(i) for i in token_ids]) + stream.flush()
 
-    def stream(self, skip_special_tokens: bool) -> TextStream:
-        skipped = self._special_ids if skip_special_tokens else frozenset[int]()
+    def stream(self, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()) -> TextStream:
+        """The text that tokens add to `prompt_token_ids`: what those begin, a space or a character, goes on."""
         if self._has_bytes:
-            return _ByteStream(self, skipped, self._num_stripped)
-        return _WindowStream(self._backend, skip_special_tokens)
+            skipped = self._special_ids if skip_special_tokens else frozenset[int]()
+            stream = _ByteStream(self, skipped, self._num_stripped)
+            stream.go_on_from(prompt_token_ids)
+            return stream
+        return _WindowStream(self._backend, skip_special_tokens, prompt_token_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """One token on its own, special ones included; it may hold only a part of a character."""
@@ -63,6 +70,12 @@ class TokenText:
         if known is None:
             known = self._bytes[token_id] = self._find_bytes(token_id)
         return known
+
+    @cached_property
+    def longest_token_bytes(self) -> int:
+        """Takes a tenth of a second or more the first time."""
+        num_tokens = self._backend.get_vocab_size(with_added_tokens=True)
+        return max(len(self._find_bytes(token_id)) for token_id in range(num_tokens))
 
     @property
     def _has_bytes(self) -> bool:
@@ -95,13 +108,29 @@ class _ByteStream:
         """Spaces yet to be removed from the front of the text."""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
+    def go_on_from(self, prompt_token_ids: Sequence[int]) -> None:
+        """As if these had been pushed. Reads both ends of them only: the front until it is stripped, and the last bytes
+        until no open character can reach further back."""
+        for token_id in prompt_token_ids:
+            if not self._num_stripped:
+                break
+            self.push(token_id)
+        tail = b""
+        for token_id in reversed(prompt_token_ids):
+            if len(tail) >= _MAX_OPEN_BYTES:
+                break
+            tail = self._bytes_of(token_id) + tail
+        self._decoder.reset()
+        self._decoder.decode(tail)
+
     def push(self, token_id: int) -> str:
-        if token_id in self._skipped:
-            return ""
-        return self._strip(self._decoder.decode(self._vocabulary.token_bytes(token_id)))
+        return self._strip(self._decoder.decode(self._bytes_of(token_id)))
 
     def flush(self) -> str:
         return self._strip(self._decoder.decode(b"", final=True))
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        return b"" if token_id in self._skipped else self._vocabulary.token_bytes(token_id)
 
     def _strip(self, text: str) -> str:
         if not self._num_stripped or not text:
@@ -117,11 +146,11 @@ class _WindowStream:
     """Decodes a window that starts one released piece early, and releases the difference (the two offsets of vLLM's and
     TGI's slow path): joins between tokens then read as in the whole text."""
 
-    def __init__(self, backend: Backend, skip_special_tokens: bool) -> None:
+    def __init__(self, backend: Backend, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
         self._backend = backend
         self._skip_special_tokens = skip_special_tokens
-        self._window: list[int] = []
-        self._num_read = 0
+        self._window = self._visible_end(prompt_token_ids)
+        self._num_read = len(self._window)
         """Tokens at the front of the window whose text has been released; they are its context."""
 
     def push(self, token_id: int) -> str:
@@ -135,6 +164,13 @@ class _WindowStream:
 
     def flush(self) -> str:
         return self._fresh_text()
+
+    def _visible_end(self, token_ids: Sequence[int]) -> list[int]:
+        """The last tokens that show some text, so that what follows is not taken for the front of a text."""
+        num_tokens = _MIN_CONTEXT_TOKENS
+        while num_tokens < len(token_ids) and not self._decode(list(token_ids[-num_tokens:])):
+            num_tokens *= 2
+        return list(token_ids[-num_tokens:])
 
     def _fresh_text(self) -> str:
         context = self._decode(self._window[: self._num_read])

@@ -17,10 +17,12 @@ from replicas.engine.chat_template import ChatTemplate
 from replicas.engine.detokenizer import Detokenizer, StopMatch
 from replicas.engine.gguf_tokenizer import read_gguf
 from replicas.engine.token_text import TextStream, TokenText
-from replicas.types import ChatPrompt, InvalidRequest
+from replicas.types import ChatPrompt, InvalidRequest, PromptTooLong
 
 __all__ = ["Detokenizer", "StopMatch", "Tokenizer"]
 
+LONG_TEXT_CHARS = 8192
+"""A longer text is worth a thread: these take about 6 ms of encoding (a million: a second)."""
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -31,21 +33,19 @@ class Tokenizer:
         self,
         backend: Backend,
         *,
-        bos_token_id: int | None,
         eos_token_ids: frozenset[int],
-        prepend_bos: bool,
-        append_eos: bool = False,
-        chat_template: ChatTemplate | None,
+        prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
+        chat_template: ChatTemplate | None = None,
     ) -> None:
+        """`prefix` and `suffix`: special tokens around a text, beside those that the backend adds itself."""
         self._backend = backend
         self._text = TokenText(backend)
-        self._prefix = [bos_token_id] if prepend_bos and bos_token_id is not None else []
-        self._suffix = [min(eos_token_ids)] if append_eos and eos_token_ids else []
+        self._prefix = tuple(prefix)
+        self._suffix = tuple(suffix)
         self._chat_template = chat_template
-        self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
         """Every token that ends an answer."""
-        self.vocab_size = int(backend.get_vocab_size(with_added_tokens=True))
 
     @staticmethod
     def from_folder(path: Path) -> Tokenizer:
@@ -68,12 +68,11 @@ class Tokenizer:
         eos_token_ids = {eos_token_id} if eos_token_id is not None else set()
         sources = _template_sources(path, config)
         # transformers prepends BOS where the flag says so, even if tokenizer.json has no rule for it.
-        adds_bos_itself = bos_token_id in backend.encode("").ids
+        lacks_bos = config.get("add_bos_token") is True and bos_token_id not in backend.encode("").ids
         return Tokenizer(
             backend,
-            bos_token_id=bos_token_id,
             eos_token_ids=frozenset(eos_token_ids | _generation_eos(path)),
-            prepend_bos=config.get("add_bos_token") is True and not adds_bos_itself,
+            prefix=(bos_token_id,) if lacks_bos and bos_token_id is not None else (),
             chat_template=ChatTemplate(sources, special_tokens) if sources else None,
         )
 
@@ -81,52 +80,66 @@ class Tokenizer:
     def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
         """From the `tokenizer.*` metadata of a GGUF file, by their full names, as plain values and lists.
 
-        Raises ValueError where a field is missing or names a tokenizer that is not supported."""
+        Raises ValueError where a field is missing, damaged or names a tokenizer that is not supported."""
         parts = read_gguf(fields)
         sources = {"default": parts.chat_template} if parts.chat_template else {}
         return Tokenizer(
             parts.backend,
-            bos_token_id=parts.bos_token_id,
             eos_token_ids=parts.eos_token_ids,
-            prepend_bos=parts.add_bos,
-            append_eos=parts.add_eos,
+            prefix=parts.prefix,
+            suffix=parts.suffix,
             chat_template=ChatTemplate(sources, parts.special_tokens) if sources else None,
         )
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat_template is not None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, max_num_tokens: int | None = None) -> list[int]:
         """Token ids. Special tokens spelled out in `text` become those tokens, as in transformers.
 
-        Raises InvalidRequest on `prompt` where the text is no valid Unicode."""
-        return self._encode(text, add_special_tokens, "prompt")
+        Raises InvalidRequest on `prompt` where the text is no valid Unicode, and PromptTooLong, without encoding it,
+        where `max_num_tokens` could never hold it; a text of fewer bytes may still have more tokens than that."""
+        return self._encode(text, add_special_tokens, max_num_tokens, "prompt")
 
-    def encode_chat(self, prompt: ChatPrompt) -> list[int]:
-        """Token ids of the rendered template, which writes its own BOS. Raises InvalidRequest on `messages`."""
+    def encode_chat(self, prompt: ChatPrompt, max_num_tokens: int | None = None) -> list[int]:
+        """Token ids of the rendered template, which writes its own BOS. Raises what `ChatTemplate.render` and `encode`
+        raise, the latter on `messages`."""
         if self._chat_template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions with a prompt", "messages")
-        return self._encode(self._chat_template.render(prompt), False, "messages")
+        return self._encode(self._chat_template.render(prompt), False, max_num_tokens, "messages")
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._text.decode(token_ids, skip_special_tokens)
 
-    def stream(self, skip_special_tokens: bool = True) -> TextStream:
-        """The same text as `decode`, token by token."""
-        return self._text.stream(skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> TextStream:
+        """The same text as `decode`, token by token; after a prompt, what `decode` shows of both beyond the prompt's
+        own text."""
+        return self._text.stream(skip_special_tokens, prompt_token_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """One token on its own, special ones included; it may hold only a part of a character."""
         return self._text.token_bytes(token_id)
 
-    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+    def _encode(self, text: str, add_special_tokens: bool, max_num_tokens: int | None, param: str) -> list[int]:
         try:
-            text.encode()
+            num_bytes = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"{param} has a lone surrogate at character {error.start}", param) from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) <= LONG_TEXT_CHARS:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            if max_num_tokens is not None:
+                self._refuse_if_too_long(num_bytes, max_num_tokens, param)
+            # Unlike `encode`, it releases the interpreter's lock, so that the steps and the loop go on.
+            (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def _refuse_if_too_long(self, num_bytes: int, max_num_tokens: int, param: str) -> None:
+        longest = self._text.longest_token_bytes
+        if num_bytes > max_num_tokens * longest:
+            raise PromptTooLong(
+                f"{param} has {num_bytes} bytes, and {max_num_tokens} tokens of at most {longest} bytes each are the "
+                "limit of this model; shorten it",
+                param,
+            )
 
 
 def _load_backend(path: Path) -> Any:
@@ -186,17 +199,24 @@ def _template_sources(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     given = _read_json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(given, str):
         return {"default": given}
-    if isinstance(given, list):
+    if isinstance(given, list) and all(_is_named_template(entry) for entry in given):
         return {entry["name"]: entry["template"] for entry in given}
+    if given:
+        raise ValueError(f"{path}: chat_template is neither a text nor a list of objects with name and template")
     return {}
+
+
+def _is_named_template(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
 
 
 def _generation_eos(path: Path) -> set[int]:
     """What the model itself says ends an answer."""
     for name in ("generation_config.json", "config.json"):
-        ids = _read_json(path / name).get("eos_token_id")
-        if isinstance(ids, int):
-            return {ids}
-        if isinstance(ids, list):
+        value = _read_json(path / name).get("eos_token_id")
+        ids = value if isinstance(value, list) else [value]
+        if value is not None:
+            if not all(isinstance(token_id, int) for token_id in ids):
+                raise ValueError(f"{path / name}: eos_token_id is {value!r}, expected a token id or a list of them")
             return set(ids)
     return set()

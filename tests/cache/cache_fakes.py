@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import itertools
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,9 @@ class WordEmbedder:
     dim = 64
 
     def __init__(self, max_words: int = 64) -> None:
-        self._max_words = max_words
-        self.num_texts = 0
+        """Each word is a token."""
+        self.max_tokens = max_words
+        self.batches: list[list[str]] = []
         self.fails = False
         self.delay_s = 0.0
 
@@ -29,16 +32,21 @@ class WordEmbedder:
         if self.fails:
             raise RuntimeError("out of order")
         time.sleep(self.delay_s)
-        self.num_texts += len(texts)
+        self.batches.append(list(texts))
+        counts = self.count_tokens(texts)
         vectors = np.stack([self._vector(text) for text in texts])
-        return vectors, [len(text.split()) for text in texts], [not self.fits(text) for text in texts]
+        return vectors, [min(n, self.max_tokens) for n in counts], [n > self.max_tokens for n in counts]
 
-    def fits(self, text: str) -> bool:
-        return len(text.split()) <= self._max_words
+    @property
+    def num_texts(self) -> int:
+        return sum(map(len, self.batches))
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
 
     def _vector(self, text: str) -> npt.NDArray[np.float32]:
         total = np.zeros(self.dim, np.float32)
-        for word in text.lower().split()[: self._max_words]:
+        for word in text.lower().split()[: self.max_tokens]:
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
             total += np.random.default_rng(seed).standard_normal(self.dim).astype(np.float32)
         return np.asarray(total / np.linalg.norm(total), np.float32)
@@ -85,3 +93,13 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+async def eventually(holds: Callable[[], bool | Awaitable[bool]], timeout_s: float = 10.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    for _ in itertools.count():
+        result = holds()
+        if result if isinstance(result, bool) else await result:
+            return
+        assert time.monotonic() < deadline_s, "it never came to hold"
+        await asyncio.sleep(0.01)

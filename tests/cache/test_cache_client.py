@@ -66,7 +66,8 @@ async def test_a_long_answer_keeps_its_flight(tmp_path: Path, monkeypatch: pytes
         miss = await client.lookup(QUERY)
         assert isinstance(miss, CacheMiss)
         waiters = [asyncio.create_task(client.lookup(QUERY)) for _ in range(5)]
-        await asyncio.sleep(1.5)  # three leases
+        with client.awaiting(miss):
+            await asyncio.sleep(1.5)  # three leases
         assert not any(waiter.done() for waiter in waiters)
         await client.store(QUERY, miss, CachedAnswer("Because.", "model", 5, 2, 0.001))
         hits = await asyncio.gather(*waiters)

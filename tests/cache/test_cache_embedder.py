@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import shutil
 import threading
 import time
@@ -15,8 +16,8 @@ import torch
 
 from cache.bert import BertEncoder
 from cache.embedder import BUNDLED, Embedder, EmbedderConfig, EmbedderError, MicroBatcher, _find_folder
-from replicas.types import EngineError, Overloaded
-from tests.cache.cache_fakes import WordEmbedder
+from replicas.types import EngineError, Overloaded, PromptTooLong
+from tests.cache.cache_fakes import WordEmbedder, eventually
 
 TEXTS = [
     "How do I reset my password?",
@@ -69,7 +70,7 @@ def test_texts_beyond_the_window_are_told(embedder: Embedder) -> None:
     vectors, counts, truncated = embedder.embed([fits, cut, cut + "another end"])
     assert counts == [256, 256, 256]
     assert truncated == [False, True, True]
-    assert [embedder.fits(text) for text in (fits, cut)] == [True, False]
+    assert embedder.count_tokens([fits, cut, cut * 10, ""]) == [256, 257, 2552, 2]
     assert vectors[1] @ vectors[2] > 0.999  # why they must not be compared
 
 
@@ -80,7 +81,7 @@ def test_a_folder_in_sentence_transformers_format_is_read(embedder: Embedder, tm
     (copy / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8}))
     other = Embedder(EmbedderConfig(model=str(copy), dtype="float32", num_threads=1))
     assert other.max_tokens == 8
-    assert not other.fits(TEXTS[4])
+    assert other.embed([TEXTS[4]])[1:] == ([8], [True])
     assert other.embed(["x"])[0][0] @ embedder.embed(["x"])[0][0] < 0.999
     (copy / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(EmbedderError, match="max_tokens"):
@@ -101,7 +102,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 async def test_concurrent_callers_share_forwards() -> None:
     embedder = WordEmbedder()
     embedder.delay_s = 0.02
-    batcher = MicroBatcher(embedder, max_batch_size=16)
+    batcher = MicroBatcher(embedder, max_forward_tokens=64)
     results = await asyncio.gather(*(batcher.embed(f"text {i}") for i in range(40)))
     expected = WordEmbedder().embed([f"text {i}" for i in range(40)])[0]
     for i, result in enumerate(results):
@@ -113,7 +114,7 @@ async def test_concurrent_callers_share_forwards() -> None:
 async def test_lookups_go_before_bulk_work_and_off_the_loop() -> None:
     embedder = WordEmbedder()
     embedder.delay_s = 0.02
-    batcher = MicroBatcher(embedder, max_batch_size=4)
+    batcher = MicroBatcher(embedder, max_forward_tokens=8)
     bulk = asyncio.create_task(batcher.embed_many([f"bulk {i}" for i in range(40)]))
     await asyncio.sleep(0.005)
     start_s = time.monotonic()
@@ -123,6 +124,73 @@ async def test_lookups_go_before_bulk_work_and_off_the_loop() -> None:
     assert len(await bulk) == 40
     await batcher.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("embedder")]
+
+
+async def test_lookups_share_no_forward_with_bulk_work_and_wait_for_one_at_most() -> None:
+    embedder = WordEmbedder(max_words=256)
+    embedder.delay_s = 0.01
+    batcher = MicroBatcher(embedder, max_forward_tokens=256)
+    bulk = asyncio.create_task(batcher.embed_many(["bulk " * 128] * 20))
+    await eventually(lambda: len(embedder.batches) >= 2)
+    num_before = len(embedder.batches)
+    await asyncio.gather(*(batcher.embed(f"lookup {i}") for i in range(5)))
+    assert [f"lookup {i}" for i in range(5)] in embedder.batches[num_before : num_before + 2]
+    assert len(await bulk) == 20
+    assert {len(batch) for batch in embedder.batches if batch[0].startswith("bulk")} == {2}
+    await batcher.close()
+
+
+async def test_a_forward_is_small_padding_included() -> None:
+    embedder = WordEmbedder(max_words=256)
+    batcher = MicroBatcher(embedder, max_forward_tokens=256)
+    rng = random.Random(1)
+    texts = [f"number{i} " * rng.choice((1, 3, 30, 100, 256)) for i in range(200)]
+    results = await batcher.embed_many(texts)
+    expected = WordEmbedder(max_words=256).embed(texts)[0]
+    np.testing.assert_array_equal(np.stack([one.vector for one in results]), expected)
+    assert all(len(batch) * max(embedder.count_tokens(batch)) <= 256 for batch in embedder.batches)
+    assert len(embedder.batches) < 130  # one by one they take 200
+    await batcher.close()
+
+
+async def test_any_number_of_texts_is_embedded_where_nobody_waits() -> None:
+    embedder = WordEmbedder()
+    batcher = MicroBatcher(embedder, max_pending=10)
+    assert len(await batcher.embed_many([f"text {i}" for i in range(300)])) == 300
+    embedder.delay_s = 0.01
+    running = asyncio.create_task(batcher.embed_many(["text"] * 300))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await batcher.embed_many(["one too many"])
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert len(await batcher.embed_many(["room again"])) == 1
+    assert await batcher.embed_many([]) == []
+    await batcher.close()
+
+
+async def test_bulk_callers_take_turns() -> None:
+    embedder = WordEmbedder()
+    embedder.delay_s = 0.002
+    batcher = MicroBatcher(embedder, max_forward_tokens=4)
+    large = asyncio.create_task(batcher.embed_many(["text"] * 400))
+    await eventually(lambda: len(embedder.batches) >= 2)
+    await batcher.embed_many(["small"])
+    assert len(embedder.batches) < 30
+    assert not large.done()
+    assert len(await large) == 400
+    await batcher.close()
+
+
+async def test_a_text_beyond_the_window_is_refused_in_bulk_and_cut_for_a_lookup() -> None:
+    embedder = WordEmbedder(max_words=4)
+    batcher = MicroBatcher(embedder)
+    with pytest.raises(PromptTooLong, match=r"4 tokens, but 'input\.1' has 5") as caught:
+        await batcher.embed_many(["a b c d", "a b c d e"])
+    assert caught.value.param == "input.1"
+    assert embedder.num_texts == 0
+    assert (await batcher.embed("a b c d e")).is_truncated
+    await batcher.close()
 
 
 async def test_one_failing_batch_is_one_failing_batch() -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from cache.index import VectorIndex
 from cache.semantic_cache import CacheSettings, SemanticCache
 from cache.store import RedisStore, SqliteStore, Store
 from cache.types import CachedAnswer, CacheHit, CacheMiss, CacheQuery, LookupResult
-from tests.cache.cache_fakes import Clock, RedisServer, WordEmbedder
+from tests.cache.cache_fakes import Clock, RedisServer, WordEmbedder, eventually
 
 
 def ask(text: str | None, partition: str = "p", **options: Any) -> CacheQuery:
@@ -34,9 +33,9 @@ async def running(
     store: Store, clock: Callable[[], float], embedder: WordEmbedder | None = None, **settings: Any
 ) -> AsyncIterator[SemanticCache]:
     embedder = WordEmbedder() if embedder is None else embedder
-    cache = SemanticCache(
-        store, embedder, VectorIndex(embedder.dim), ThresholdDecision(0.8), CacheSettings(**settings), clock
-    )
+    # On a busy machine too, a lookup waits for its embedding.
+    patient = CacheSettings(**{"embedding_timeout_s": 10.0, **settings})
+    cache = SemanticCache(store, embedder, VectorIndex(embedder.dim), ThresholdDecision(0.8), patient, clock)
     await cache.start()
     try:
         yield cache
@@ -226,6 +225,38 @@ async def test_a_failing_embedder_makes_misses(store: SqliteStore, clock: Clock)
         assert (await misses(cache, ask("a question indeed"))).embedding is not None
 
 
+async def test_a_slow_embedder_makes_misses_in_time(store: SqliteStore, clock: Clock) -> None:
+    embedder = WordEmbedder()
+    async with running(store, clock, embedder, embedding_timeout_s=0.05) as cache:
+        await fill(cache, ask("a question"))
+        embedder.delay_s = 1.0
+        start_s = time.monotonic()
+        lookups = [asyncio.create_task(cache.lookup(ask("a question indeed"))) for _ in range(3)]
+        first = await lookups[0]
+        assert time.monotonic() - start_s < 0.9
+        assert isinstance(first, CacheMiss)
+        assert first.flight is not None
+        assert first.embedding is None
+        assert cache.stats().counts["embedder-slow"] >= 1
+        await cache.store(ask("a question indeed"), first, answer())
+        assert all(hit(result).kind == "hit-exact" for result in await asyncio.gather(*lookups[1:]))
+        assert (cache.stats().num_flights, cache.stats().num_waiters) == (0, 0)
+
+
+async def test_an_embedding_that_came_too_late_for_the_lookup_is_made_for_the_entry(
+    store: SqliteStore, clock: Clock
+) -> None:
+    embedder = WordEmbedder()
+    async with running(store, clock, embedder, embedding_timeout_s=0.05) as cache:
+        embedder.delay_s = 0.2
+        miss = await misses(cache, ask("what is a mill race"))
+        assert miss.embedding is None
+        await asyncio.sleep(0.2)
+        embedder.delay_s = 0.0
+        await cache.store(ask("what is a mill race"), miss, answer())
+        assert hit(await cache.lookup(ask("What is a mill race?"))).kind == "hit-semantic"
+
+
 async def test_a_store_outlives_its_caller(store: SqliteStore, clock: Clock) -> None:
     async with running(store, clock) as cache:
         query = ask("a question")
@@ -300,16 +331,6 @@ async def test_randomised_crowd_keeps_its_books(tmp_path: Path, clock: Clock) ->
         await cache.tidy()
         assert (cache.stats().num_entries, cache.stats().num_bytes) == (0, 0)
         assert (len(cache._touched), len(cache._doomed)) == (0, 0)
-
-
-async def eventually(holds: Callable[[], bool | Awaitable[bool]], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    for _ in itertools.count():
-        result = holds()
-        if result if isinstance(result, bool) else await result:
-            return
-        assert time.monotonic() < deadline_s, "it never came to hold"
-        await asyncio.sleep(0.01)
 
 
 async def test_redis_replicas_see_one_anothers_entries(redis_server: RedisServer) -> None:

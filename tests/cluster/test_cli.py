@@ -61,6 +61,17 @@ def test_server_flags_go_before_the_file(started: list[MillraceConfig], config_f
     assert [(c.server.host, c.server.port) for c in started] == [("0.0.0.0", 9001), ("127.0.0.1", 9000)]
 
 
+def test_validate_names_every_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(MODEL + "server: {host: 0.0.0.0, port: x}\nauth: {keys_file: /none}\n")
+    code, stderr = millrace("validate", str(path))
+    assert code == 2
+    assert [line.split(": ")[1:3] for line in stderr.splitlines()] == [
+        ["line 2", "server.port"],
+        ["line 3", "auth.keys_file"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -115,6 +126,25 @@ def test_chat_with_nobody_there_fails() -> None:
         code, stderr = millrace("chat", "--url", f"http://127.0.0.1:{s.getsockname()[1]}")
     assert code == 1
     assert "millrace serve" in stderr
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:abc",
+        "http://localhost:99999",
+        "localhost:8000",
+        "ftp://localhost",
+        "http:",
+        "",
+        "http://\x00",
+    ],
+)
+def test_chat_with_no_address_says_so(url: str) -> None:
+    code, stderr = millrace("chat", "--url", url)
+    assert code == 1
+    assert stderr.startswith(f"error: --url {url} is not ")
+    assert stderr.endswith("name one like http://127.0.0.1:8000\n")
 
 
 def test_ports_that_cannot_be_listened_on() -> None:

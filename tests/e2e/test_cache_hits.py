@@ -27,14 +27,13 @@ def outcome(answer: httpx.Response) -> str:
 
 
 def test_exact_then_semantic(http: httpx.Client) -> None:
-    tag = uuid.uuid4().hex
-    first = ask(http, f"What is the capital of the country {tag}?")
+    first = ask(http, "What is the capital of Zubrowka?")
     assert outcome(first) == "miss"
-    again = ask(http, f"What is the capital of the country {tag}?")
+    again = ask(http, "What is the capital of Zubrowka?")
     assert outcome(again) == "hit-exact"
     assert again.json()["choices"] == first.json()["choices"]
     assert float(again.headers["x-millrace-cost-usd"]) == 0
-    close = ask(http, f"what is the capital of the country {tag}")
+    close = ask(http, "what's the capital of Zubrowka?")  # a cosine of 0.99, whatever the day
     assert outcome(close) == "hit-semantic"
     assert close.json()["choices"][0]["message"] == first.json()["choices"][0]["message"]
 

@@ -249,7 +249,22 @@ def test_bytes_that_are_no_request(http: httpx.Client, content: bytes) -> None:
 
 
 def test_too_large_unknown_and_wrong_method(http: httpx.Client) -> None:
-    assert http.post("/v1/completions", content=b"x" * (5 * 2**20)).status_code == 413
+    too_large, as_json = b"x" * (5 * 2**20), {"content-type": "application/json"}
+    assert http.post("/v1/completions", content=too_large, headers=as_json).status_code == 413
     assert http.get("/v1/nothing").json()["error"]["message"]
     wrong = http.get("/v1/chat/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+
+
+def test_as_many_embeddings_as_one_request_may_ask_for(http: httpx.Client) -> None:
+    """Their vectors together exceed what one reply between replicas may hold."""
+    body = {"model": "all-minilm-l6-v2", "input": ["mill"] * 2047 + ["race"]}
+    answer = http.post("/v1/embeddings", json=body)
+    assert answer.status_code == 200, answer.text[:300]
+    vectors = answer.json()["data"]
+    assert [entry["index"] for entry in vectors] == list(range(2048))
+    assert vectors[2046]["embedding"] != vectors[2047]["embedding"]
+    body["input"] = ["mill"] * 300 + ["race " * 400]
+    refused = http.post("/v1/embeddings", json=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "input.300"

@@ -7,8 +7,9 @@ resumed on another replica continues as if nothing had happened.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cache.types import CachedAnswer, CacheHit, CacheMiss, CacheQuery, LookupResult
@@ -18,6 +19,7 @@ from replicas.types import (
     FinishReason,
     GenerateRequest,
     ModelNotFound,
+    Overloaded,
     Prompt,
     PromptTooLong,
     ReplicaStats,
@@ -27,6 +29,7 @@ from replicas.types import (
     TokenPrompt,
     Usage,
 )
+from router.failover import NoReplicaRunning
 
 VOCABULARY = [
     " the",
@@ -53,17 +56,25 @@ HELD_BACK = 3
 """Characters that the fake's detokenizer holds back, as a stop string would make a real one do."""
 
 
+async def _at_once() -> None:
+    pass
+
+
 @dataclass
 class FakeBackend:
     models: Sequence[str] = ("small", "large")
     deaths: list[int | None] = field(default_factory=list)
     """For each attempt in order: after how many chunks its replica dies (None, or beyond the list: it lives)."""
     down: set[str] = field(default_factory=set)
+    full: list[bool] = field(default_factory=list)
+    """For each attempt in order: whether its replica's queue is full."""
     error: Exception | None = None
     """Raised before the first chunk of every attempt."""
     error_after: tuple[int, Exception] | None = None
     stall_after: int | None = None
     """After that many chunks a stream waits for `release`."""
+    tokenizing: Callable[[], Awaitable[None]] = _at_once
+    """Awaited by each call of `tokenize`."""
     stats_change: Callable[[ReplicaStats], ReplicaStats] = lambda stats: stats
 
     attempts: list[GenerateRequest] = field(default_factory=list)
@@ -77,7 +88,9 @@ class FakeBackend:
         try:
             await asyncio.sleep(0)
             if request.model in self.down:
-                raise ReplicaUnavailable(f"{request.model} is down")
+                raise NoReplicaRunning(f"{request.model} is down")
+            if self.full and self.full.pop(0):
+                raise Overloaded(f"{request.model} is full")
             if self.error is not None:
                 raise self.error
             for position, chunk in enumerate(answer_chunks(request)):
@@ -98,7 +111,10 @@ class FakeBackend:
         return (self.stats_change(an_idle_replica(model)),)
 
     async def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], int]:
-        special = [1] if add_special_tokens else []
+        await self.tokenizing()
+        if model in self.down:
+            raise NoReplicaRunning(f"{model} is down")
+        special = [1] if add_special_tokens and not isinstance(prompt, ChatPrompt) else []
         return [*special, *prompt_tokens(prompt)], CONTEXT
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
@@ -150,7 +166,8 @@ def answer_chunks(request: GenerateRequest) -> list[Chunk]:
     """A chunk a token, the text lagging behind, and a last one with the rest and the finish reason."""
     prompt = prompt_tokens(request.prompt)
     if len(prompt) >= CONTEXT:
-        raise PromptTooLong(f"The prompt has {len(prompt)} tokens, the context {CONTEXT}.", "messages")
+        field_name = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+        raise PromptTooLong(f"The prompt has {len(prompt)} tokens, the context {CONTEXT}.", field_name)
     tokens, finish_reason = answer_tokens(request)
     emitted = request.emitted
     assert tuple(tokens[: len(emitted.token_ids)]) == emitted.token_ids, "resumed with tokens that were never drawn"
@@ -188,10 +205,12 @@ def _logprob(token: int, num_top: int) -> TokenLogprob:
 
 @dataclass
 class FakeCache:
-    """Exact matches only; a second asker of the same key does not wait."""
+    """Exact matches, and one neighbour of all; a second asker of the same key does not wait."""
 
     answers: dict[str, CachedAnswer] = field(default_factory=dict)
     flights: set[str] = field(default_factory=set)
+    neighbour: CachedAnswer | None = None
+    """Answers every question that has no answer of its own."""
     num_lookups: int = 0
 
     async def lookup(self, query: CacheQuery) -> LookupResult:
@@ -200,6 +219,8 @@ class FakeCache:
         answer = self.answers.get(query.exact_key)
         if answer is not None and query.may_read:
             return CacheHit(answer, "hit-exact", 1.0, 0.0)
+        if self.neighbour is not None:
+            return CacheHit(self.neighbour, "hit-semantic", 0.97, 0.0)
         flight = f"flight-{self.num_lookups}"
         self.flights.add(flight)
         return CacheMiss(flight)
@@ -212,6 +233,9 @@ class FakeCache:
     async def abandon(self, miss: CacheMiss) -> None:
         await asyncio.sleep(0)
         self.flights.remove(str(miss.flight))
+
+    def awaiting(self, miss: CacheMiss) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     async def embed(self, texts: Sequence[str]) -> tuple[list[tuple[float, ...]], int]:
         return [(0.6, 0.8 if len(text) % 2 else -0.8, 0.0) for text in texts], sum(map(len, texts))

@@ -74,13 +74,14 @@ def harness(
     policy: RoutingPolicy | None = None,
     models: tuple[ModelEntry, ...] = MODELS,
     with_cache: bool = True,
+    cache_client: Cache | None = None,
     settings: Mapping[str, Any] | None = None,
     backend: FakeBackend | None = None,
 ) -> Harness:
     chosen = GatewaySettings(**{"embedder": EMBEDDER, "failover": QUICK, **(settings or {})})
     backend = backend or FakeBackend()
     cache = FakeCache()
-    used: Cache | None = cache if with_cache else None
+    used: Cache | None = (cache_client or cache) if with_cache else None
     metrics = GatewayMetrics([model.id for model in models], backend.stats)
     gateway = Gateway(
         backend, used, Catalog(models), policy or CheapestCapablePolicy(0.7), FirstEstimate(), chosen, metrics

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 
-from replicas.types import ChatPrompt
+from replicas.types import ChatPrompt, InvalidRequest
+from tests.router.fake_backend import FakeBackend
 from tests.router.gateway_harness import chat, harness
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -58,6 +60,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, chat(audio={}), "audio"),
     (CHAT, chat(functions=[{}]), "functions"),
     (CHAT, chat(prediction={}), "prediction"),
+    (CHAT, chat(moderation={"model": "omni-moderation-latest"}), "moderation"),
     (CHAT, chat(web_search_options={}), "web_search_options"),
     (CHAT, chat(tool_choice="required"), "tool_choice"),
     (CHAT, chat(echo=True), "echo"),
@@ -123,6 +126,36 @@ async def test_a_bad_field_is_named(path: str, body: dict[str, Any], param: str)
     assert h.backend.attempts == []
 
 
+@pytest.mark.parametrize(
+    "body",
+    [chat() | {"k" * 100_000: 1}, chat(stream=True, stream_options={"k" * 100_000: 1}), chat(metadata={"k" * 999: 1})],
+)
+async def test_a_long_name_is_not_sent_back_whole(body: dict[str, Any]) -> None:
+    async with harness().http() as client:
+        reply = await client.post(CHAT, json=body)
+    error = reply.json()["error"]
+    assert reply.status_code == 400
+    assert error["param"].endswith("k…")
+    assert error["param"] in error["message"]
+    assert len(reply.content) < 500
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("model", ["small", "auto"])
+async def test_a_limit_is_called_what_the_client_calls_it(model: str, name: str) -> None:
+    refusal = InvalidRequest("the prompt's 9 tokens and max_tokens = 600 together exceed the limit", "max_tokens")
+    h = harness(backend=FakeBackend(error=refusal))
+    older = {"max_tokens": 3} if name == "max_completion_tokens" else {}  # the newer name wins
+    async with h.http() as client:
+        too_large = await client.post(CHAT, json=chat(model=model) | older | {name: 600})
+        too_small = await client.post(CHAT, json=chat(model=model, min_tokens=5) | older | {name: 4})
+    error = too_large.json()["error"]
+    assert (too_large.status_code, error["param"]) == (400, name)
+    assert re.findall(r"max_\w+", error["message"]) == [name]
+    error = too_small.json()["error"]
+    assert (error["param"], re.findall(r"max_\w+", error["message"])) == ("min_tokens", [name])
+
+
 BAD_BYTES = [
     b"",
     b"{",
@@ -174,7 +207,10 @@ async def test_only_json_is_taken() -> None:
         plain = await client.post(
             TEXT, content=json.dumps(text()), headers={"content-type": "application/json; charset=utf-8"}
         )
-    assert (reply.status_code, plain.status_code) == (415, 200)
+        nothing = await client.post(TEXT, content=json.dumps(text()))
+    assert (reply.status_code, plain.status_code, nothing.status_code) == (415, 200, 415)
+    assert "'content-type: application/json' is missing" in nothing.json()["error"]["message"]
+    assert "'content-type'" in reply.json()["error"]["message"]
 
 
 async def test_unknown_models_paths_and_methods() -> None:
@@ -213,6 +249,7 @@ async def test_fields_that_do_not_change_the_answer_are_accepted() -> None:
         "user": "u",
         "safety_identifier": "s",
         "prompt_cache_key": "k",
+        "prompt_cache_options": {"mode": "explicit", "ttl": "30m"},
         "verbosity": "low",
         "reasoning_effort": "none",
         "tools": [],
@@ -221,6 +258,7 @@ async def test_fields_that_do_not_change_the_answer_are_accepted() -> None:
         "modalities": ["text"],
         "functions": None,
         "audio": None,
+        "moderation": None,
         "echo": False,
     }
     async with harness().http() as client:

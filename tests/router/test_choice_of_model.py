@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from random import Random
 
@@ -108,6 +109,8 @@ def test_cheapest_capable(candidates: list[Candidate], target: float) -> None:
     assert chosen in usable
     assert {route.model, *route.fallbacks} == {c.model for c in usable}
     assert len(route.fallbacks) == len(usable) - 1
+    all_up = [dataclasses.replace(candidate, is_available=True) for candidate in candidates]
+    assert route.is_substitute == (CheapestCapablePolicy(target).choose(all_up).model != route.model)
     if not capable:
         assert route.reason == "best-quality"
         assert chosen.quality == max(c.quality for c in usable)
@@ -143,6 +146,9 @@ def test_fixed_policy() -> None:
     assert (policy.choose([up, other]).model, policy.choose([up, other]).reason) == ("a", "fixed")
     assert policy.choose([up, other]).fallbacks == ("b",)
     assert (policy.choose([down, other]).model, policy.choose([down, other]).reason) == ("b", "fallback")
+    too_small = Candidate("a", 0.1, None, is_available=True, fits=False)
+    # the same prompt is too long on any day: no substitute
+    assert [policy.choose([a, other]).is_substitute for a in (up, down, too_small)] == [False, True, False]
     with pytest.raises(NoModelAvailable):
         FixedPolicy("a").choose([down, other])
 

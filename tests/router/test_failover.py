@@ -10,13 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replicas.engine.sampling_params import SamplingParams
-from replicas.types import ChatPrompt, Chunk, EngineError, GenerateRequest, ReplicaUnavailable
+from replicas.types import ChatPrompt, Chunk, EngineError, GenerateRequest, Overloaded, ReplicaUnavailable
 from router.failover import ATTEMPTS_BEFORE_FALLBACK, close, resumed_stream
 from router.settings import FailoverSettings
 from tests.router.fake_backend import FakeBackend, answer_chunks, answer_text, answer_tokens
 
 SETTINGS = FailoverSettings(
-    max_attempts_before_first_token=4, max_attempts_amid_answer=6, first_wait_s=1.0, max_wait_s=3.0
+    max_attempts_before_first_token=4,
+    max_attempts_amid_answer=6,
+    max_losses=100,
+    first_wait_s=1.0,
+    max_wait_s=3.0,
 )
 
 
@@ -114,6 +118,44 @@ async def test_with_another_model_at_hand_it_gives_up_sooner() -> None:
     with pytest.raises(ReplicaUnavailable):
         _ = [chunk async for chunk in resumed_stream(backend, a_request(), quick, may_fall_back=lambda: True)]
     assert len(backend.attempts) == ATTEMPTS_BEFORE_FALLBACK
+
+
+@pytest.mark.parametrize(
+    "deaths", [[1] * 30, [3] + [0] * 30, [2, 0, 1, 0, 3, 1]], ids=["each time", "at one token", "mixed"]
+)
+async def test_a_request_may_cost_a_bounded_number_of_replicas(deaths: list[int | None]) -> None:
+    backend = FakeBackend(deaths=list(deaths))
+    stream = resumed_stream(backend, a_request("four", 3), FailoverSettings(first_wait_s=0.0, max_wait_s=0.0))
+    with pytest.raises(EngineError, match="5 replicas of 'small' were lost"):
+        _ = [chunk async for chunk in stream]
+    assert len(backend.attempts) == 5
+
+
+async def test_waiting_for_a_replacement_is_no_loss() -> None:
+    request = a_request("four", 3)
+    backend = FakeBackend(deaths=[3])
+
+    async def sleep(seconds: float) -> None:
+        backend.down = set() if len(backend.attempts) > 20 else {"small"}
+
+    chunks = [chunk async for chunk in resumed_stream(backend, request, FailoverSettings(), sleep=sleep)]
+    assert "".join(chunk.text for chunk in chunks) == answer_text(request)
+
+
+async def test_an_answer_that_has_begun_waits_for_a_place_at_a_full_replica() -> None:
+    request = a_request("four", 3)
+    backend = FakeBackend(deaths=[3], full=[False, True, True])
+    chunks, waits, _ = await run(backend, request)
+    assert "".join(chunk.text for chunk in chunks) == answer_text(request)
+    assert waits == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("deaths", [[], [0]])
+async def test_an_answer_that_has_not_begun_is_refused_by_a_full_replica(deaths: list[int | None]) -> None:
+    backend = FakeBackend(deaths=list(deaths), full=[False] * len(deaths) + [True])
+    with pytest.raises(Overloaded):
+        await run(backend, a_request())
+    assert len(backend.attempts) == len(deaths) + 1
 
 
 async def test_the_requests_own_error_is_not_retried() -> None:

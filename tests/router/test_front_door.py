@@ -105,6 +105,16 @@ async def test_one_log_line_a_request_without_keys_or_prompts(caplog: pytest.Log
     assert not any(word in caplog.text for word in ("my secret prompt", "key-a", "key-wrong"))
 
 
+async def test_a_resumption_is_found_by_the_requests_id(caplog: pytest.LogCaptureFixture) -> None:
+    h = harness(backend=FakeBackend(deaths=[2]))
+    with caplog.at_level(logging.INFO):
+        async with h.http() as client:
+            reply = await client.post(CHAT, json=chat("four", seed=3), headers={"x-request-id": "id-1"})
+    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "millrace.gateway"]
+    (resumed,) = [line for line in lines if line["event"] == "resumed"]
+    assert (resumed["request_id"], resumed["response_id"]) == ("id-1", reply.json()["id"])
+
+
 async def test_ready_says_which_models_run() -> None:
     h = harness(backend=FakeBackend(down={"large"}))
     async with h.http() as client:
@@ -138,6 +148,24 @@ async def test_metrics_count_what_happened() -> None:
     shown = {line.partition("{")[0].partition(" ")[0] for line in exposition.splitlines() if not line.startswith("#")}
     assert {name for name in shown if not name.endswith("_created")} <= names
     assert {"vllm:time_to_first_token_seconds_bucket", "millrace:resumptions_total"} <= names
+
+
+@pytest.mark.parametrize(
+    ("path", "route", "status"),
+    [
+        ("/docs", "/docs", 200),
+        ("/openapi.json", "/openapi.json", 200),
+        ("/docs-assets/swagger-ui.css", "/docs-assets/*", 200),
+        ("/docs-assets/none", "/docs-assets/*", 404),
+        ("/docs-assetsx", "unknown", 404),
+        ("/v1/models/small", "/v1/models/{model:path}", 200),
+    ],
+)
+async def test_every_route_has_a_count_of_its_own(path: str, route: str, status: int) -> None:
+    h = harness()
+    async with h.http() as client:
+        await client.get(path)
+    assert h.metric(f'millrace:http_requests_total{{route="{route}",status="{status}"}}') == 1
 
 
 def test_replica_counters_never_fall_when_a_replica_leaves() -> None:

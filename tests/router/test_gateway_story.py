@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from cache.types import CachedAnswer
 from replicas.types import Chunk, EngineError, GenerateRequest, Overloaded, PromptTooLong, ReplicaStats
+from router import gateway
 from router.policy import FixedPolicy
-from tests.router.fake_backend import FakeBackend, answer_text, with_heartbeat
-from tests.router.gateway_harness import MODELS, Harness, chat, harness, sse_data
+from tests.router.fake_backend import CONTEXT, FakeBackend, answer_text, with_heartbeat
+from tests.router.gateway_harness import MODELS, Exchange, Harness, chat, harness, sse_data
 
 
 async def ask(h: Harness, body: dict[str, Any], **headers: str) -> Any:
@@ -54,6 +57,59 @@ async def test_a_cached_answer_streams_like_a_fresh_one() -> None:
     assert events[-1] == "[DONE]"
 
 
+NEIGHBOUR = CachedAnswer("Because of the mill.", "small", num_prompt_tokens=999, num_completion_tokens=6, cost_usd=0.1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_neighbours_answer_is_billed_by_the_askers_own_prompt(stream: bool) -> None:
+    h = harness()
+    fresh = (await ask(h, chat("Why?"))).json()["usage"]
+    h.cache.neighbour = NEIGHBOUR
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    reply = await ask(h, chat("Why?", temperature=0, stream=stream, **options))
+    assert reply.headers["x-millrace-cache"] == "hit-semantic"
+    usage = sse_data(reply.text)[-2]["usage"] if stream else reply.json()["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (fresh["prompt_tokens"], 6)
+    assert len(h.backend.attempts) == 1
+
+
+async def test_a_neighbours_text_does_not_wait_for_the_usage() -> None:
+    counted = asyncio.Event()
+
+    async def until_counted() -> None:
+        await counted.wait()
+
+    h = harness(backend=FakeBackend(tokenizing=until_counted))
+    h.cache.neighbour = NEIGHBOUR
+    exchange = Exchange(h.app, "/v1/chat/completions", json.dumps(chat(temperature=0, stream=True)).encode())
+    first = await asyncio.wait_for(exchange.parts.get(), 5)
+    assert NEIGHBOUR.text.encode() in first
+    counted.set()
+    await exchange.task
+
+
+async def _never() -> None:
+    await asyncio.Event().wait()
+
+
+async def _broken() -> None:
+    raise EngineError("broken")
+
+
+@pytest.mark.parametrize(
+    "backend", [FakeBackend(down={"small"}), FakeBackend(tokenizing=_never), FakeBackend(tokenizing=_broken)]
+)
+async def test_where_nobody_can_count_the_stored_figure_stands(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "MAX_COUNT_S", 0.05)
+    h = harness(backend=backend)
+    h.cache.neighbour = NEIGHBOUR
+    reply = await ask(h, chat(temperature=0))
+    assert text_of(reply) == NEIGHBOUR.text
+    assert reply.json()["usage"]["prompt_tokens"] == 999
+
+
 @pytest.mark.parametrize(
     ("body", "headers", "outcome", "is_stored"),
     [
@@ -75,6 +131,16 @@ async def test_what_is_looked_up_and_stored(
     assert reply.headers["x-millrace-cache"] == outcome
     assert bool(h.cache.answers) == is_stored
     assert h.cache.flights == set()
+
+
+async def test_lines_of_cache_control_count_together() -> None:
+    h = harness()
+    lines = [("cache-control", "max-age=60"), ("cache-control", "no-cache, no-store")]
+    async with h.http() as client:
+        for _ in range(2):
+            reply = await client.post("/v1/chat/completions", json=chat(temperature=0), headers=lines)
+    assert reply.headers["x-millrace-cache"] == "bypass"
+    assert (h.cache.num_lookups, h.cache.answers) == (0, {})
 
 
 async def test_a_failed_or_abandoned_answer_frees_its_flight() -> None:
@@ -133,6 +199,42 @@ async def test_a_named_model_falls_back_only_where_the_catalogue_says_so() -> No
     assert (reply.headers["x-millrace-model"], reply.headers["x-millrace-route-reason"]) == ("large", "fallback")
 
 
+@pytest.mark.parametrize(
+    "policy", [None, FixedPolicy("small", ("large",))], ids=["cheapest capable model is down", "fixed model is down"]
+)
+@pytest.mark.parametrize("model", ["small", "auto"])
+@pytest.mark.parametrize("stats_lie", [False, True])
+async def test_the_answer_of_a_substitute_is_not_cached(
+    model: str, policy: FixedPolicy | None, stats_lie: bool
+) -> None:
+    class Backend(FakeBackend):
+        def stats(self, model: str) -> Sequence[ReplicaStats]:
+            return FakeBackend().stats(model) if stats_lie else super().stats(model)
+
+    models = (replace(MODELS[0], fallbacks=("large",)), MODELS[1])
+    h = harness(models=models, policy=policy, backend=Backend(down={"small"}))
+    reply = await ask(h, chat(model=model, temperature=0))
+    assert reply.headers["x-millrace-model"] == "large"
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    assert (h.cache.answers, h.cache.flights) == ({}, set())
+    h.backend.down.clear()
+    for outcome in ("miss", "hit-exact"):
+        again = await ask(h, chat(model=model, temperature=0))
+        assert (again.headers["x-millrace-cache"], again.headers["x-millrace-model"]) == (outcome, "small")
+
+
+async def test_who_waits_for_a_substitutes_answer_goes_on_as_soon_as_it_begins() -> None:
+    models = (replace(MODELS[0], fallbacks=("large",)), MODELS[1])
+    h = harness(models=models, backend=FakeBackend(down={"small"}, stall_after=1))
+    asked = asyncio.create_task(ask(h, chat(temperature=0)))
+    await h.until_open(1)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert h.cache.flights == set()
+    h.backend.release.set()
+    await asked
+
+
 async def test_an_alias_is_answered_by_its_model() -> None:
     h = harness()
     assert (await ask(h, chat(model="tiny"))).json()["model"] == "small"
@@ -181,6 +283,25 @@ async def test_one_failing_sibling_fails_the_answer_and_stops_the_others() -> No
     assert reply.json()["error"]["code"] == "engine_error"
     await asyncio.sleep(0)
     assert h.backend.num_open == 0
+
+
+@pytest.mark.parametrize("model", ["small", "auto"])
+@pytest.mark.parametrize(
+    ("path", "prompt", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 20 * CONTEXT}]}, "messages"),
+        ("/v1/completions", {"prompt": ["a", "a" * 20 * CONTEXT]}, "prompt"),
+        ("/v1/completions", {"prompt": [1] * CONTEXT}, "prompt"),
+    ],
+)
+async def test_a_prompt_too_long_is_named_as_such_whoever_finds_out(
+    model: str, path: str, prompt: dict[str, Any], param: str
+) -> None:
+    async with harness().http() as client:
+        reply = await client.post(path, json={"model": model, **prompt})
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
 
 
 @pytest.mark.parametrize(

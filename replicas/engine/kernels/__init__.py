@@ -50,7 +50,8 @@ class HeadShape:
 class GumbelDraws:
     """One token each from some rows of a table of scores; every column has shape (num_draws,).
 
-    The token whose (score - best) / temperature, if that reaches the threshold, and Gumbel number have the largest sum.
+    Drawn is the token for which (score - best) / temperature, if it reaches the threshold, and the token's Gumbel
+    number have the largest sum.
     """
 
     rows: NDArray[np.int64]
@@ -62,6 +63,18 @@ class GumbelDraws:
     """-inf: none."""
     seed: NDArray[np.uint64]
     position: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class TopOfRows:
+    """The likeliest tokens of some rows: scaled scores, (score - best) / temperature, falling."""
+
+    scores: NDArray[np.float32]
+    """(num_draws, width)"""
+    token_ids: NDArray[np.int64]
+    """(num_draws, width)"""
+    mass: NDArray[np.float64]
+    """(num_draws,): the sum of e**scaled over all tokens that reach the row's threshold."""
 
 
 class StepModel(Protocol):
@@ -150,6 +163,10 @@ class Kernels(Protocol):
 
     def draw_of_rows(self, scores: Tensor, draws: GumbelDraws) -> NDArray[np.int64]:
         """scores (num_samples, vocab_size) fp32 -> one token id per draw, a function of its own row alone."""
+        ...
+
+    def top_of_rows(self, scores: Tensor, draws: GumbelDraws, width: int) -> TopOfRows:
+        """scores (num_samples, vocab_size) fp32 -> the `width` likeliest tokens of each draw's row."""
         ...
 
 

@@ -1,7 +1,7 @@
 """The kernels in plain torch: correct on every device and dtype, and the oracle of every faster set.
 
 It knows tensors and the step's shape, no layer and no request. Two rules keep one request out of another's numbers:
-a row reads no page but its own, and the runner keeps the unwritten rest of a held page zero, so a mask never meets a
+a row reads no page but its own, and `eager.py` keeps the unwritten rest of a held page zero, so a mask never meets a
 foreign NaN (-inf + NaN and 0 * NaN are NaN).
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from replicas.engine.kernels import AttentionPlan, Forward, GumbelDraws, HeadShape, StepModel, gumbel
+from replicas.engine.kernels import AttentionPlan, Forward, GumbelDraws, HeadShape, StepModel, TopOfRows, gumbel
 from replicas.engine.kernels.eager import EagerForward
 
 MAX_GATHERED_TOKENS = 65_536
@@ -107,6 +107,9 @@ class ReferenceKernels:
 
     def draw_of_rows(self, scores: Tensor, draws: GumbelDraws) -> NDArray[np.int64]:
         return gumbel.draw_of_rows(scores, draws)
+
+    def top_of_rows(self, scores: Tensor, draws: GumbelDraws, width: int) -> TopOfRows:
+        return gumbel.top_of_rows(scores, draws, width)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from replicas.engine.models.transformer import TransformerConfig
 
+MAX_SIZE = 2**31 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
@@ -36,6 +38,10 @@ class Checkpoint(Protocol):
 
     def sampling_defaults(self) -> SamplingDefaults: ...
 
+    def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every tensor, by the name under which `tensors` gives it; reads headers only."""
+        ...
+
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face's Llama name, tensor on the CPU); a packed format is expanded to `dtype`."""
         ...
@@ -52,21 +58,36 @@ class Fields:
         return self.values.get(key) is not None
 
     def integer(self, key: str, default: int | None = None) -> int:
-        return int(self._number(key, default))
+        value = self._number(key, default)
+        if value != int(value):
+            raise ValueError(f"{self.path}: {key!r} should be an integer, not {value}")
+        return int(value)
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+        """A positive integer that torch can count to."""
         value = self.integer(key, default)
-        if value < 1:
-            raise ValueError(f"{self.path}: {key!r} should be positive, not {value}")
+        if not 1 <= value <= MAX_SIZE:
+            raise ValueError(f"{self.path}: {key!r} should be positive and at most {MAX_SIZE}, not {value}")
         return value
 
-    def real(self, key: str, default: float | None = None) -> float:
-        return float(self._number(key, default))
+    def real(self, key: str, default: float | None = None, above: float | None = None) -> float:
+        value = float(self._number(key, default))
+        if above is not None and value <= above:
+            raise ValueError(f"{self.path}: {key!r} should be above {above:g}, not {value:g}")
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key)
+        if value is not None and not isinstance(value, int):
+            raise ValueError(f"{self.path}: {key!r} should be true or false, not {value!r}")
         return default if value is None else bool(value)
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """An object; empty if it is missing."""
+        value = self.values.get(key)
+        if not (value is None or isinstance(value, dict)):
+            raise ValueError(f"{self.path}: {key!r} should be an object, not {value!r}")
+        return value or {}
 
     def text(self, key: str, default: str) -> str:
         value = self.values.get(key)
@@ -92,6 +113,7 @@ class Fields:
             value = default
         if value is None:
             raise ValueError(f"{self.path}: {key!r} is missing")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        # Neither NaN nor an infinity is within the bounds, nor an integer that no float holds.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
             raise ValueError(f"{self.path}: {key!r} should be a number, not {value!r}")
         return value

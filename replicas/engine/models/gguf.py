@@ -110,6 +110,8 @@ class _Cursor:
             dtype = np.dtype("<" + _SCALARS[kind]) if kind != 7 else np.dtype(np.bool_)
             values: list[Any] = np.frombuffer(self.take(length * dtype.itemsize), dtype=dtype).tolist()
             return values
+        if kind == _ARRAY:
+            raise _Malformed(f"an array of arrays at byte {self.position}, which no reader of GGUF supports")
         if length > len(self._view):
             raise _Malformed(f"an array of {length} values at byte {self.position}")
         return [self.value(kind) for _ in range(length)]
@@ -150,6 +152,8 @@ def _read_tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuanti
     except ValueError:
         raise _Malformed(f"tensor {name} has the unknown type {number}") from None
     block_values, block_bytes = GGML_QUANT_SIZES[kind]
+    if 0 in shape:
+        raise _Malformed(f"tensor {name} of shape {shape} has no values")
     if not shape or shape[-1] % block_values:
         raise _Malformed(f"tensor {name} of shape {shape} does not divide into {kind.name} blocks of {block_values}")
     return name, shape, kind, offset, prod(shape) // block_values * block_bytes

@@ -100,6 +100,9 @@ class GgufModel:
     def tokenizer_fields(self) -> dict[str, Any]:
         return {key: value for key, value in self.file.fields.items() if key.startswith("tokenizer.")}
 
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {_checkpoint_name(name): info.shape for name, info in self.file.tensors.items() if name != _ROPE_FREQS}
+
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         config = self.transformer_config()
         is_interleaved = self.architecture() == "llama"
@@ -118,16 +121,18 @@ class GgufModel:
     def _rope(self, arch: str, head_dim: int) -> RopeConfig:
         fields = self.fields
         rotary_dim = fields.size(f"{arch}.rope.dimension_count", head_dim)
-        theta = fields.real(f"{arch}.rope.freq_base", 10_000.0)
+        theta = fields.real(f"{arch}.rope.freq_base", 10_000.0, above=1)
         scaling = fields.text(f"{arch}.rope.scaling.type", "none")
-        factor = fields.real(f"{arch}.rope.scaling.factor", fields.real(f"{arch}.rope.scale_linear", 1.0))
+        factor = fields.real(f"{arch}.rope.scaling.factor", fields.real(f"{arch}.rope.scale_linear", 1.0), above=0)
         if _ROPE_FREQS in self.file.tensors:
-            divisors = tuple(self.file.read(_ROPE_FREQS, torch.float32).tolist())
+            divisors = tuple(self.file.read(_ROPE_FREQS, torch.float32).flatten().tolist())
+            if len(divisors) != rotary_dim // 2 or min(divisors) <= 0:
+                raise ValueError(f"{self.path}: tensor {_ROPE_FREQS} should hold {rotary_dim // 2} positive values")
             return RopeConfig(rotary_dim, theta, freq_divisors=divisors)
         if scaling == "yarn":
             trained = fields.size(f"{arch}.context_length")
             original = fields.size(f"{arch}.rope.scaling.original_context_length", trained)
-            attention = fields.real(f"{arch}.rope.scaling.attn_factor", 1.0) * yarn_attention_factor(factor)
+            attention = fields.real(f"{arch}.rope.scaling.attn_factor", 1.0, above=0) * yarn_attention_factor(factor)
             return RopeConfig(rotary_dim, theta, "yarn", factor, original, attention_factor=attention)
         if scaling == "linear" or (scaling == "none" and factor != 1.0):
             return RopeConfig(rotary_dim, theta, "linear", factor)

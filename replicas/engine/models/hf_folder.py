@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from replicas.engine.layers.rotary import RopeConfig, yarn_attention_factor
-from replicas.engine.models.checkpoint import Fields, SamplingDefaults
+from replicas.engine.models.checkpoint import MAX_SIZE, Fields, SamplingDefaults
 from replicas.engine.models.transformer import TransformerConfig
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -32,11 +33,13 @@ class HfFolder:
         self.generation = Fields(_read_json(generation) if generation.exists() else {}, generation)
 
     def architecture(self) -> str:
-        names = self.config.values.get("architectures") or ["none"]
+        names = self.config.values.get("architectures") or []
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{self.config.path}: 'architectures' should be a list of names, not {names!r}")
         supported = [name for name in names if name in ARCHITECTURES]
         if not supported:
             raise ValueError(
-                f"{self.config.path}: architecture {', '.join(map(str, names))} is not supported; "
+                f"{self.config.path}: architecture {', '.join(names) or 'none'} is not supported; "
                 f"this engine runs {', '.join(ARCHITECTURES)}"
             )
         return str(supported[0])
@@ -79,15 +82,19 @@ class HfFolder:
             repetition_penalty=self.generation.optional_real("repetition_penalty"),
         )
 
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in self._weight_files():
+            with _open_tensors(path) as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return shapes
+
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Tensors lie in the mapped files and keep the file's dtype: copy them before the iterator moves on."""
-        for file in self._weight_files():
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                        yield name, tensors.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is truncated or is not a safetensors file: {error}") from error
+        for path in self._weight_files():
+            with _open_tensors(path) as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    yield name, file.get_tensor(name)
 
     def _weight_files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
@@ -114,45 +121,59 @@ class HfFolder:
         full attention is what the model computes."""
         length = self.config.size("max_position_embeddings")
         if rope.scaling == "linear":
-            length = int(length * rope.factor)
+            length = self._stretched(length, rope.factor)
         elif rope.scaling == "yarn":
-            length = max(length, int(rope.original_max_position * rope.factor))
+            length = max(length, self._stretched(rope.original_max_position, rope.factor))
         has_window = self.config.flag("use_sliding_window", "sliding_window" in self.config)
         return min(length, self.config.size("sliding_window", length)) if has_window else length
+
+    def _stretched(self, length: int, factor: float) -> int:
+        if not 1 <= length * factor <= MAX_SIZE:
+            raise ValueError(f"{self.config.path}: rope scaling by a 'factor' of {factor:g} leaves no usable context")
+        return int(length * factor)
 
 
 def _rope(config: Fields, head_dim: int) -> RopeConfig:
     """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    values: dict[str, Any] = dict(config.values.get("rope_scaling") or {})
-    values |= config.values.get("rope_parameters") or {}
+    values = config.mapping("rope_scaling") | config.mapping("rope_parameters")
     rope = Fields(values, config.path)
     scaling = rope.text("rope_type", rope.text("type", "default"))
     partial = rope.real("partial_rotary_factor", config.real("partial_rotary_factor", 1.0))
-    theta = rope.real("rope_theta", config.real("rope_theta", 10_000.0))
+    theta = rope.real("rope_theta", config.real("rope_theta", 10_000.0), above=1)
     rotary_dim = int(head_dim * partial)
     trained = config.size("max_position_embeddings")
     original = rope.size("original_max_position_embeddings", trained)
     if scaling == "default":
         return RopeConfig(rotary_dim, theta)
     if scaling == "linear":
-        return RopeConfig(rotary_dim, theta, "linear", rope.real("factor"))
+        return RopeConfig(rotary_dim, theta, "linear", rope.real("factor", above=0))
     if scaling == "llama3":
-        low, high = rope.real("low_freq_factor"), rope.real("high_freq_factor")
-        return RopeConfig(rotary_dim, theta, "llama3", rope.real("factor"), original, low, high)
+        low = rope.real("low_freq_factor", above=0)
+        high = rope.real("high_freq_factor", above=low)
+        return RopeConfig(rotary_dim, theta, "llama3", rope.real("factor", above=0), original, low, high)
     if scaling == "yarn" and "mscale" not in rope:
-        factor = rope.real("factor", trained / original)
+        factor = rope.real("factor", trained / original, above=0)
         return RopeConfig(
             rotary_dim,
             theta,
             "yarn",
             factor,
             original,
-            beta_fast=rope.real("beta_fast", 32.0),
-            beta_slow=rope.real("beta_slow", 1.0),
-            attention_factor=rope.real("attention_factor", yarn_attention_factor(factor)),
+            beta_fast=rope.real("beta_fast", 32.0, above=0),
+            beta_slow=rope.real("beta_slow", 1.0, above=0),
+            attention_factor=rope.real("attention_factor", yarn_attention_factor(factor), above=0),
             is_truncated=rope.flag("truncate", True),
         )
     raise ValueError(f"{config.path}: rope scaling {values} is not supported; use default, linear, llama3 or yarn")
+
+
+@contextmanager
+def _open_tensors(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or is not a safetensors file: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

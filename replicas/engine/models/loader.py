@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _DERIVED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.bias$|\.masked_bias$")
 """Buffers that old checkpoints store although they follow from the configuration."""
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -46,6 +48,7 @@ def read_model_info(config: ModelConfig) -> ModelInfo:
     checkpoint = open_checkpoint(resolve_source(config.source))
     architecture, transformer = checkpoint.architecture(), checkpoint.transformer_config()
     _check_heads(transformer, checkpoint.path)
+    _check_sizes(transformer, checkpoint)
     return ModelInfo(
         architecture=architecture,
         max_model_len=_max_model_len(config, transformer.max_position),
@@ -64,7 +67,11 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     path = resolve_source(config.source)
     if path.is_dir():
         return Tokenizer.from_folder(path)
-    return Tokenizer.from_gguf(GgufModel(path).tokenizer_fields())
+    fields = GgufModel(path).tokenizer_fields()
+    try:
+        return Tokenizer.from_gguf(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_weights(model: Transformer, checkpoint: Checkpoint) -> None:
@@ -97,6 +104,30 @@ def _check_heads(config: TransformerConfig, path: Path) -> None:
         raise ValueError(f"{path}: {config.num_heads} query heads cannot share {config.num_kv_heads} K/V heads evenly")
     if config.rope.rotary_dim % 2 or not 0 < config.rope.rotary_dim <= config.head_dim:
         raise ValueError(f"{path}: {config.rope.rotary_dim} of {config.head_dim} channels cannot be rotated in pairs")
+
+
+def _check_sizes(config: TransformerConfig, checkpoint: Checkpoint) -> None:
+    """Before anything is built: a model of absurd size takes minutes or all memory, only to find no such weights."""
+    shapes = checkpoint.tensor_shapes()
+    layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
+    if len(layers) != config.num_layers:
+        raise ValueError(
+            f"{checkpoint.path}: num_hidden_layers (in GGUF block_count) is {config.num_layers}, "
+            f"but the weights are of {len(layers)} layers"
+        )
+    hidden = config.hidden_size
+    expected = {
+        "model.embed_tokens": (config.vocab_size, hidden),
+        "model.layers.0.self_attn.q_proj": (config.num_heads * config.head_dim, hidden),
+        "model.layers.0.self_attn.k_proj": (config.num_kv_heads * config.head_dim, hidden),
+        "model.layers.0.mlp.up_proj": (config.intermediate_size, hidden),
+    }
+    for name, shape in expected.items():
+        found = shapes.get(f"{name}.weight", shape)
+        if found != shape:
+            raise ValueError(
+                f"{checkpoint.path}: tensor {name}.weight has shape {found}, the configuration says {shape}"
+            )
 
 
 def _max_model_len(config: ModelConfig, own: int) -> int:

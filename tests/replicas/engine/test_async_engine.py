@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import pytest
 
-from replicas.engine.async_engine import LONG_PROMPT_CHARS, AsyncEngine
+from replicas.engine.async_engine import AsyncEngine
 from replicas.engine.batch import Batch
 from replicas.engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sampling_params import SamplingParams
-from replicas.engine.tokenizer import Tokenizer
+from replicas.engine.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from replicas.types import (
     ChatPrompt,
     Chunk,
@@ -280,11 +280,30 @@ async def test_bad_requests_are_refused_by_name_and_leave_no_trace(request_: Gen
 async def test_a_long_prompt_is_refused_under_its_own_name() -> None:
     async with running() as engine:
         with pytest.raises(PromptTooLong) as text_error:
-            await collect(engine, make(TextPrompt("x" * 2 * LONG_PROMPT_CHARS)))
+            await collect(engine, make(TextPrompt("x" * 2 * LONG_TEXT_CHARS)))
         assert text_error.value.param == "prompt"
         with pytest.raises(PromptTooLong) as chat_error:
-            await collect(engine, make(ChatPrompt(({"role": "user", "content": "x" * 2 * LONG_PROMPT_CHARS},))))
+            await collect(engine, make(ChatPrompt(({"role": "user", "content": "x" * 2 * LONG_TEXT_CHARS},))))
         assert chat_error.value.param == "messages"
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+async def test_only_a_long_chat_leaves_the_loop(is_nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def encode_chat(self: FakeTokenizer, prompt: ChatPrompt, max_num_tokens: int | None = None) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return [1]
+
+    monkeypatch.setattr(FakeTokenizer, "encode_chat", encode_chat)
+    nested: Any = "x" * LONG_TEXT_CHARS
+    for _ in range(5000 if is_nested else 0):
+        nested = [nested]
+    async with running() as engine:
+        for tool in ({"short": "x"}, {"long": nested}):
+            await engine.tokenize(ChatPrompt(({"role": "user", "content": "hi"},), tools=(tool,)))
+    assert threads[0] == threading.current_thread().name
+    assert threads[1] != threads[0]
 
 
 async def test_the_model_recommends_and_the_client_decides() -> None:
@@ -322,6 +341,12 @@ async def test_a_full_queue_refuses_at_once() -> None:
         assert engine.stats().num_waiting == 3
         with pytest.raises(Overloaded):
             await collect(engine, make())
+        # The prompt is not even looked at, and who is in the middle of an answer is taken all the same.
+        with pytest.raises(Overloaded):
+            await collect(engine, make(ChatPrompt(({"role": "nobody", "content": "hi"},))))
+        emitted = Emitted(tuple(b"a"), 1)
+        tasks.append(asyncio.create_task(collect(engine, make(name="resumed", emitted=emitted, max_tokens=2))))
+        await asyncio.sleep(0.01)
         gate.set()
         assert all(await asyncio.gather(*tasks))
 
@@ -402,7 +427,7 @@ async def test_a_hanging_step_ages_the_heartbeat() -> None:
 async def test_tokenize_and_detokenize() -> None:
     async with running() as engine:
         assert await engine.tokenize(TextPrompt("hé")) == ([104, 195, 169], 256)
-        long = "x" * (LONG_PROMPT_CHARS + 1)
+        long = "x" * (LONG_TEXT_CHARS + 1)
         assert (await engine.tokenize(TextPrompt(long)))[0] == list(long.encode())
         assert await engine.detokenize([104, 195, 169, EOS]) == "hé<|eos|>"
         with pytest.raises(InvalidRequest):

@@ -1,12 +1,13 @@
 """The engine's step against FakeExecutor, whose tokens change with any wrong slot, table or prefix."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
-from replicas.engine.batch import Batch
+from replicas.engine.batch import Batch, StepOutput
 from replicas.engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from replicas.engine.engine import Engine
 from replicas.engine.request import Request, Status
@@ -145,6 +146,33 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(caplog: py
     # What the failed step half wrote must not be found by anybody.
     engine.add(make("victim", list(b"victim")))
     assert tokens_of(drain(engine)["victim"]) == expected_tokens(b"victim", 20)
+
+
+def test_what_a_broken_row_stored_is_found_by_nobody() -> None:
+    is_broken = True
+    engine = make_engine(FakeExecutor(fail_row=lambda request_id: "its logits are NaN" if is_broken else None))
+    engine.add(make("bad", b"the very same prompt"))
+    drain(engine)
+    is_broken = False
+    engine.add(make("good", b"the very same prompt"))
+    assert drain(engine)["good"][0].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("damage", [lambda ids: ids[:-1], lambda ids: ids[:, None], lambda ids: ids * np.nan])
+def test_an_output_of_another_shape_fails_everybody_in_the_step(damage: Callable[[Any], Any]) -> None:
+    """The first request would end in this step: its end must not be lost for what is wrong with the others."""
+    executor = FakeExecutor()
+    engine = make_engine(executor)
+    engine.add(make("short", b"short", max_tokens=1))
+    engine.add(make("long", b"long"))
+    execute = executor.execute
+    executor.execute = lambda batch: StepOutput(damage(execute(batch).token_ids))  # type: ignore[method-assign]
+    outputs = drain(engine)
+    for name in ("short", "long"):
+        finish = outputs[name][-1].finish
+        assert finish is not None
+        assert finish.status is Status.FINISHED_FAILED
+        assert tokens_of(outputs[name]) == []
 
 
 def test_a_leak_is_logged_and_shown(caplog: pytest.LogCaptureFixture) -> None:

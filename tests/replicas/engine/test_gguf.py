@@ -129,6 +129,36 @@ def test_foreign_files_are_refused_with_the_reason(tmp_path: Path) -> None:
         GgufFile(file)
 
 
+def test_arrays_of_arrays_are_refused_however_deep(tmp_path: Path) -> None:
+    file = tmp_path / "deep.gguf"
+    nested = struct.pack("<IQ", 9, 1) * 20_000
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"k", 9) + nested)
+    with pytest.raises(ValueError, match=r"deep\.gguf.*array of arrays"):
+        GgufFile(file)
+
+
+@pytest.mark.parametrize("shape", [(0,), (32, 0), (0, 2)])
+def test_a_tensor_without_values_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    file = tmp_path / "empty.gguf"
+    dimensions = struct.pack(f"<{len(shape)}Q", *shape)
+    tensor = struct.pack("<Q1sI", 1, b"w", len(shape)) + dimensions + struct.pack("<IQ", 0, 0)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + tensor + bytes(64))
+    with pytest.raises(ValueError, match=r"empty\.gguf.*tensor w of shape .* has no values"):
+        GgufFile(file)
+
+
+@pytest.mark.parametrize("divisors", [[1.0, 2.0], [1.0, 2.0, 4.0, 0.0]])
+def test_rope_divisors_that_do_not_fit_are_refused(divisors: list[float], tmp_path: Path) -> None:
+    file = _write_llama(tmp_path / "model.gguf", _small_llama(), rope_divisors=divisors)
+    with pytest.raises(ValueError, match=r"model\.gguf: tensor rope_freqs\.weight should hold 4 positive values"):
+        GgufModel(file).transformer_config()
+
+
+def test_the_shapes_are_those_of_the_tensors(tmp_path: Path) -> None:
+    model = GgufModel(_write_llama(tmp_path / "model.gguf", _small_llama(), rope_divisors=[1.0] * 4))
+    assert model.tensor_shapes() == {name: tuple(tensor.shape) for name, tensor in model.tensors(torch.float32)}
+
+
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     file = _write(tmp_path / "m.gguf", {"w": (np.zeros((2, 32), np.float32), Type.F32)}, architecture="mamba")
     with pytest.raises(ValueError, match=r"m\.gguf: architecture mamba is not supported"):

@@ -345,6 +345,34 @@ def test_draws_are_the_references(
     assert np.array_equal(machine(instruction_set).draw_of_rows(scores, draws), expected)
 
 
+@every_set
+@settings(max_examples=20, deadline=None)
+@given(vocab_size=st.integers(1, 3000), step=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 999), data=st.data())
+def test_the_likeliest_tokens_are_the_references(
+    instruction_set: str, vocab_size: int, step: float, seed: int, data: st.DataObject
+) -> None:
+    scores = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
+    scores = (scores / step).round() * step if step else scores  # many are equal
+    scores[:, seed % vocab_size] = 30 * step
+    rows = np.array([0, 1, 3])
+    draws = GumbelDraws(
+        rows=rows,
+        best=scores.max(dim=1).values.numpy()[rows],
+        temperature=np.array([0.3, 1.0, 2.0], np.float32),
+        threshold=np.array([-np.inf, -1.0, -5.0], np.float32),
+        seed=np.zeros(3, np.uint64),
+        position=np.zeros(3, np.int64),
+    )
+    width = data.draw(st.integers(1, min(vocab_size, 300)))
+    top = machine(instruction_set).top_of_rows(scores, draws, width)
+    expected = REFERENCE.top_of_rows(scores, draws, width)
+    assert np.array_equal(top.scores, expected.scores)
+    np.testing.assert_allclose(top.mass, expected.mass, rtol=1e-5)
+    scaled = (scores.numpy()[rows] - draws.best[:, None]) / draws.temperature[:, None]
+    order = np.lexsort((np.broadcast_to(np.arange(vocab_size), scaled.shape), -scaled))[:, :width]
+    assert np.array_equal(top.token_ids, order), "equal scores in the order of their ids"
+
+
 @pytest.mark.parametrize(
     ("dtype", "block_size", "reason"),
     [(torch.float16, 32, "bfloat16 or float32, not in float16"), (torch.bfloat16, 16, "multiple of 32 tokens, not 16")],

@@ -116,12 +116,60 @@ def test_scaling_stretches_the_context_and_a_window_limits_it(
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling .*dynamic.* is not supported"),
         ({"eos_token_id": "</s>"}, "'eos_token_id' should be a token id"),
+        ({"architectures": 5}, "'architectures' should be a list of names"),
+        ({"architectures": "LlamaForCausalLM"}, "'architectures' should be a list of names"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "'architectures' should be a list of names"),
+        ({"architectures": []}, "architecture none is not supported"),
+        ({"max_position_embeddings": float("inf")}, "'max_position_embeddings' should be a number, not inf"),
+        ({"max_position_embeddings": float("nan")}, "'max_position_embeddings' should be a number, not nan"),
+        ({"max_position_embeddings": 2**40}, "'max_position_embeddings' should be positive and at most"),
+        ({"max_position_embeddings": 10**400}, "'max_position_embeddings' should be a number"),
+        ({"max_position_embeddings": 1.5}, "'max_position_embeddings' should be an integer"),
+        ({"attention_bias": "no"}, "'attention_bias' should be true or false"),
+        ({"num_hidden_layers": 20_000}, "num_hidden_layers .* is 20000, but the weights are of 2 layers"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers .* is 1, but the weights are of 2 layers"),
+        ({"hidden_size": 2**30, "head_dim": 8}, r"model.embed_tokens.weight has shape \(50, 32\), .*says \(50, 1073"),
+        ({"intermediate_size": 2**30}, "mlp.up_proj.weight has shape"),
+        ({"head_dim": 2**20}, "self_attn.q_proj.weight has shape"),
+        ({"vocab_size": 2**30}, "model.embed_tokens.weight has shape"),
     ],
 )
 def test_configurations_that_we_cannot_run_are_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
     edit(folder / "config.json", **changes)
     with pytest.raises(ValueError, match=rf"model.*{message}"):
+        info_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ([1], "'rope_scaling' should be an object"),
+        ("x", "'rope_scaling' should be an object, not 'x'"),
+        ({"type": "linear", "factor": 0}, "'factor' should be above 0"),
+        ({"type": "linear", "factor": 1e-9}, "'factor' of 1e-09 leaves no usable context"),
+        ({"type": "linear", "factor": 1e299}, "'factor' of 1e.299 leaves no usable context"),
+        ({"type": "linear", "factor": "2"}, "'factor' should be a number"),
+        ({"type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "'rope_theta' should be above 1"),
+        ({"type": "yarn", "factor": -1}, "'factor' should be above 0"),
+        ({"type": "yarn", "factor": 2.0, "beta_slow": 0}, "'beta_slow' should be above 0"),
+        ({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}, "'original_max_pos.*positive"),
+        (
+            {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+            "'high_freq_factor' should be above 4",
+        ),
+    ],
+)
+def test_rope_scalings_that_make_no_sense_are_refused(folder: Path, scaling: object, message: str) -> None:
+    edit(folder / "config.json", rope_parameters=..., rope_theta=1e4, rope_scaling=scaling)
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        info_of(folder)
+
+
+def test_missing_weights_are_told_before_anything_is_built(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    edit(folder / "config.json", num_hidden_layers=20_000)
+    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
         info_of(folder)
 
 

@@ -19,7 +19,7 @@ from replicas.engine.kernels.cpu.kernels import CpuKernels
 from replicas.engine.kernels.cpu.library import Machine, instruction_sets
 from replicas.engine.kernels.reference import ReferenceKernels
 from replicas.engine.philox import philox4x32
-from replicas.engine.sampler import Sampler
+from replicas.engine.sampler import Sampler, _Candidates
 
 CPU = torch.device("cpu")
 KERNELS: list[Kernels] = [ReferenceKernels()]
@@ -160,6 +160,17 @@ def test_agrees_with_the_oracle(rows: list[Row], seed: int, step: float) -> None
     output = sample(logits, rows)
     assert not output.errors
     assert output.token_ids.tolist() == [token_of_oracle(x.numpy(), row) for x, row in zip(logits, rows, strict=True)]
+
+
+@pytest.mark.parametrize("top_k", [256, 1024])
+def test_round_numbers_of_top_k_need_no_sort(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, row = random_logits(1, 3000, seed=1), Row(top_k=top_k, temperature=3.0)
+
+    def sort(*arguments: object) -> None:
+        raise AssertionError("the whole vocabulary is sorted")
+
+    monkeypatch.setattr(_Candidates, "of_whole_row", sort)
+    assert sample(logits, [row]).token_ids[0] == token_of_oracle(logits[0].numpy(), row)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -315,4 +326,11 @@ def test_extreme_temperatures_stay_finite() -> None:
 def test_no_rows() -> None:
     output = sample(torch.zeros(0, 8), [])
     assert output.token_ids.shape == (0,)
+    assert not output.errors
+
+
+def test_a_repetition_penalty_next_to_zero_makes_a_token_certain_and_no_error() -> None:
+    output = sample(
+        random_logits(1, 50, seed=1), [Row(temperature=0.0, repetition_penalty=1e-40, prompt=(7,), output=(7,))]
+    )
     assert not output.errors

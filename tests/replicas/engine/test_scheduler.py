@@ -88,11 +88,20 @@ def test_the_bound_counts_only_requests_that_never_ran() -> None:
     run(scheduler, scheduler.schedule())
     scheduler.add(make("c"))
     with pytest.raises(Overloaded):
-        scheduler.check_queue(0)
+        scheduler.check_queue(0, is_resumed=False)
     scheduler.abort("c")
-    scheduler.check_queue(0)
+    scheduler.check_queue(0, is_resumed=False)
     with pytest.raises(Overloaded):
-        scheduler.check_queue(1)
+        scheduler.check_queue(1, is_resumed=False)
+
+
+def test_a_resumed_request_is_taken_by_a_full_queue() -> None:
+    scheduler = make_scheduler(max_queued_requests=1)
+    scheduler.add(make("a"))
+    scheduler.add(Request("resumed", [1] * 4, SamplingParams(), emitted_token_ids=[1]))
+    assert scheduler.num_waiting == 2
+    with pytest.raises(Overloaded):
+        scheduler.add(make("b"))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +129,19 @@ def test_what_just_fits_is_taken() -> None:
     scheduler.add(make("longest answer", 60, max_tokens=4))
     scheduler.add(Request("siblings", [1] * 4, SamplingParams(max_tokens=28), num_siblings=2))
     assert scheduler.num_waiting == 3
+
+
+@pytest.mark.parametrize(("num_blocks", "fits"), [(16, True), (15, False)])
+def test_the_prompt_that_siblings_share_is_counted_once(num_blocks: int, fits: bool) -> None:
+    blocks = BlockManager(num_blocks, BLOCK_SIZE)
+    scheduler = Scheduler(SchedulerConfig(), blocks, 64)
+    # 17 + 7 tokens: four full blocks of the prompt are common, two blocks are each answer's own.
+    siblings = Request("siblings", [1] * 17, SamplingParams(max_tokens=7), num_siblings=6)
+    if fits:
+        scheduler.check(siblings)
+    else:
+        with pytest.raises(InvalidRequest, match="need 16 blocks of the KV cache, which has 15"):
+            scheduler.check(siblings)
 
 
 def test_a_cache_smaller_than_the_context_is_the_limit() -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replicas.engine.token_text import byte_alphabet
-from replicas.engine.tokenizer import Tokenizer
-from replicas.types import ChatPrompt, InvalidRequest
+from replicas.engine.tokenizer import LONG_TEXT_CHARS, Tokenizer
+from replicas.types import ChatPrompt, InvalidRequest, PromptTooLong
 from tests.replicas.engine.bundled_vocabulary import (
     bundled_fields,
     bundled_gguf,
@@ -51,10 +52,7 @@ def test_bundled_vocabulary_builds_in_well_under_a_second() -> None:
     start = time.perf_counter()
     tokenizer = Tokenizer.from_gguf(fields)
     assert time.perf_counter() - start < 1.0
-    assert tokenizer.vocab_size == 49_152
-    assert tokenizer.bos_token_id == 1
-    assert tokenizer.eos_token_ids == {2}
-    assert tokenizer.has_chat_template
+    assert tokenizer.eos_token_ids == {0, 2}
 
 
 def test_import_and_use_need_neither_torch_nor_transformers() -> None:
@@ -167,7 +165,7 @@ def test_single_tokens_as_text() -> None:
     tokenizer = bundled_tokenizer()
     assert tokenizer.token_bytes(2) == b"<|im_end|>"
     assert tokenizer.token_bytes(tokenizer.encode(" world")[0]) == b" world"
-    assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
+    assert tokenizer.token_bytes(49_152 + 5) == b""
     assert sentencepiece_tokenizer().token_bytes(3 + 0xE4) == b"\xe4"
 
 
@@ -193,6 +191,27 @@ def test_bos_and_eos_follow_the_fields() -> None:
     plain = bundled_tokenizer().encode("hi")
     assert tokenizer.encode("hi") == [1, *plain, 2]
     assert tokenizer.encode("hi", add_special_tokens=False) == plain
+    # The end of the sequence, whatever other tokens end an answer.
+    tokenizer = Tokenizer.from_gguf({**fields, "tokenizer.ggml.eot_token_id": 0, "tokenizer.ggml.eos_token_id": 7})
+    assert tokenizer.encode("hi") == [1, *plain, 7]
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "tekken", "pixtral", "qwen2", "smollm"])
+def test_where_the_file_does_not_say_bos_is_llama_cpps_default(pre: str) -> None:
+    fields = {**bundled_fields(), "tokenizer.ggml.pre": pre}
+    del fields["tokenizer.ggml.add_bos_token"]
+    has_bos = Tokenizer.from_gguf(fields).encode("hi")[0] == 1
+    assert has_bos == (pre not in ("qwen2", "smollm"))
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "<|eot_id|>"])
+def test_control_tokens_that_end_an_answer_are_known_by_name(name: str) -> None:
+    fields = bundled_fields()
+    tokens = [*fields["tokenizer.ggml.tokens"], name, "<|tool_call|>"]
+    types = [1] * len(tokens)
+    types[-2:] = [3, 3]
+    fields = {**fields, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    assert Tokenizer.from_gguf(fields).eos_token_ids == {2, len(tokens) - 2}
 
 
 @pytest.mark.parametrize(
@@ -208,6 +227,73 @@ def test_bos_and_eos_follow_the_fields() -> None:
 def test_an_unusable_field_is_named(field: str, value: object, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Tokenizer.from_gguf({**bundled_fields(), field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("ggml.model", [1], "is \\[1\\]; supported"),
+        ("ggml.tokens", 5, "is 5, expected a list"),
+        ("ggml.tokens", [1, 2], "\\[0\\] is 1"),
+        ("ggml.tokens", [], "or an empty one"),
+        ("ggml.token_type", ["3"] * 305, "\\[0\\] is '3'"),
+        ("ggml.scores", [0.5], "has 1 entries for 305 tokens"),
+        ("ggml.scores", "x", "is 'x', expected a list"),
+        ("ggml.merges", 7, "is 7, expected a list"),
+        ("ggml.merges", ["abc"], "has the entry 'abc', expected two tokens"),
+        ("ggml.merges", ["he nothing"], "tokens do not fit: .*nothing"),
+        ("ggml.eos_token_id", [1], "is \\[1\\], expected the number"),
+        ("ggml.eos_token_id", "x", "is 'x', expected the number"),
+        ("ggml.unknown_token_id", 0.5, "is 0.5, expected the number"),
+        ("ggml.add_bos_token", "yes", "is 'yes', expected true or false"),
+        ("ggml.add_space_prefix", 2, "is 2, expected true or false"),
+        ("chat_template", 5, "is 5, expected a text"),
+    ],
+)
+def test_a_damaged_field_is_named(name: str, value: object, complaint: str) -> None:
+    with pytest.raises(ValueError, match=rf"tokenizer\.{name}.*{complaint}"):
+        Tokenizer.from_gguf({**sentencepiece_fields(), f"tokenizer.{name}": value})
+
+
+@pytest.mark.parametrize("merges", [7, ["abc"], [""], [5], ["he nothing"]])
+def test_damaged_merges_of_bytes_are_named(merges: object) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.merges"):
+        Tokenizer.from_gguf({**bundled_fields(), "tokenizer.ggml.merges": merges})
+
+
+def test_a_long_text_is_encoded_like_its_parts() -> None:
+    tokenizer, line = bundled_tokenizer(), "one more line of text, 42 of them\n"
+    ids = tokenizer.encode(line * 1000)
+    assert len(line) * 1000 > LONG_TEXT_CHARS
+    assert ids == tokenizer.encode(line) * 1000
+    assert tokenizer.encode(line * 1000, max_num_tokens=len(ids)) == ids
+
+
+def test_encoding_a_long_text_lets_other_threads_run() -> None:
+    """With the interpreter's lock held, the gap is the whole time of encoding."""
+    text = "Some words, and 12 numbers: naïve text. " * 15_000
+    thread = threading.Thread(target=bundled_tokenizer().encode, args=(text,))
+    longest_gap_s, last = 0.0, time.perf_counter()
+    started = last
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest_gap_s, last = max(longest_gap_s, now - last), now
+    assert longest_gap_s < (last - started) / 2
+
+
+def test_what_can_never_fit_is_refused_without_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.from_gguf(bundled_fields())
+    longest = max(len(tokenizer.token_bytes(i)) for i in range(49_152))
+    chat = ChatPrompt(({"role": "user", "content": "x" * (200 * longest)},))
+    monkeypatch.setattr(tokenizer, "_backend", None)  # whoever encodes fails
+    with pytest.raises(PromptTooLong, match=rf"prompt has {200 * longest + 1} bytes, and 200 tokens") as text_error:
+        tokenizer.encode("x" * (200 * longest + 1), max_num_tokens=200)
+    assert text_error.value.param == "prompt"
+    with pytest.raises(PromptTooLong, match="messages has") as chat_error:
+        tokenizer.encode_chat(chat, max_num_tokens=200)
+    assert chat_error.value.param == "messages"
 
 
 def test_a_lone_surrogate_is_the_clients_fault() -> None:
@@ -231,9 +317,7 @@ def test_a_folder_gives_the_same_tokenizer(tmp_path: Path) -> None:
     prompt = ChatPrompt(({"role": "user", "content": "hi 👩"},))
     assert tokenizer.encode_chat(prompt) == bundled_tokenizer().encode_chat(prompt)
     assert all(tokenizer.encode(text) == bundled_tokenizer().encode(text) for text in TEXTS)
-    assert tokenizer.bos_token_id == 1
     assert tokenizer.eos_token_ids == {0, 2}
-    assert tokenizer.vocab_size == 49_152
 
 
 def test_a_folders_templates_come_from_any_of_their_files(tmp_path: Path) -> None:
@@ -263,6 +347,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(InvalidRequest, match="no chat template"):
         Tokenizer.from_folder(tmp_path).encode_chat(ChatPrompt(({"role": "user", "content": "hi"},)))
+
+
+@pytest.mark.parametrize("template", [5, [1], [{"name": "default"}], {"default": "x"}])
+def test_a_damaged_template_of_a_folder_is_named(template: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="chat_template is neither a text nor a list"):
+        Tokenizer.from_folder(write_folder(tmp_path, {"chat_template": template}))
+
+
+@pytest.mark.parametrize("value", ["x", [[1]], {"id": 1}])
+def test_a_damaged_end_of_a_folder_is_named(value: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is"):
+        Tokenizer.from_folder(write_folder(tmp_path, {}, {"eos_token_id": value}))
 
 
 @pytest.mark.slow

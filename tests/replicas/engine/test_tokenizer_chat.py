@@ -111,6 +111,14 @@ def test_tool_calls_arrive_as_objects() -> None:
     assert '[C]w {"a": 1}[/C]' in render(STRICT, {"role": "user", "content": "x"}, answer)
 
 
+@pytest.mark.parametrize("calls", ["tool_calls", "function_call"])
+def test_a_call_without_content_reads_as_empty_content(calls: str) -> None:
+    call: Any = [{"type": "function", "function": {"name": "w", "arguments": "{}"}}]
+    answer = {"role": "assistant", "content": None, calls: call if calls == "tool_calls" else call[0]["function"]}
+    assert render("{% for m in messages %}<{{ m.content + '' }}>{% endfor %}", answer) == "<>"
+    assert render(PARTS, {"role": "user", "content": "a"}, answer) == "a|"
+
+
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
@@ -137,6 +145,42 @@ def test_template_arguments_cannot_replace_the_request() -> None:
     with pytest.raises(InvalidRequest, match="messages is set by the request") as caught:
         render(CHATML, {"role": "user", "content": "x"}, template_kwargs={"messages": []})
     assert caught.value.param == "chat_template_kwargs"
+
+
+def nest(levels: int) -> Any:
+    value: Any = "x"
+    for _ in range(levels):
+        value = {"a": [value]}
+    return value
+
+
+def test_values_nest_as_deep_as_any_schema_does() -> None:
+    answer = {"role": "assistant", "content": "x", "extra": nest(40)}
+    render(STRICT, answer, tools=({"parameters": nest(40)},), template_kwargs={"mood": nest(40)})
+
+
+@pytest.mark.parametrize("levels", [60, 300, 20_000])
+@pytest.mark.parametrize("param", ["messages", "arguments", "tools", "chat_template_kwargs"])
+def test_deep_nesting_is_refused_on_its_own_field(param: str, levels: int) -> None:
+    text = '{"a": [' * levels + "1" + "]}" * levels
+    message: dict[str, Any] = {"role": "assistant", "content": "x", "extra": nest(levels) if param == "messages" else 0}
+    if param == "arguments":
+        message["tool_calls"] = [{"type": "function", "function": {"name": "w", "arguments": text}}]
+    tools = ({"parameters": nest(levels)},) if param == "tools" else ()
+    kwargs = {"mood": nest(levels)} if param == "chat_template_kwargs" else {}
+    with pytest.raises(InvalidRequest, match="more than 100 levels deep") as caught:
+        render(STRICT, message, tools=tools, template_kwargs=kwargs)
+    assert caught.value.param == ("messages" if param == "arguments" else param)
+
+
+@pytest.mark.parametrize("kwargs", [{"mood": object()}, {"strftime_now": "x"}, {"bos_token": {}, "self": 1}])
+def test_template_arguments_are_blamed_for_what_they_break(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        render("{{ bos_token + strftime_now('%Y') }}", {"role": "user", "content": "x"}, template_kwargs=kwargs)
+    assert caught.value.param == "chat_template_kwargs"
+    with pytest.raises(InvalidRequest, match="no role function") as caught:
+        render(STRICT, {"role": "function", "content": "x"}, template_kwargs={"mood": "glad"})
+    assert caught.value.param == "messages"
 
 
 def test_a_template_cannot_leave_its_sandbox() -> None:

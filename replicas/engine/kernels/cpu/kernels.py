@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from replicas.engine.kernels import AttentionPlan, Forward, GumbelDraws, HeadShape, StepModel
+from replicas.engine.kernels import AttentionPlan, Forward, GumbelDraws, HeadShape, StepModel, TopOfRows
 from replicas.engine.kernels.cpu.library import DTYPES, Kind, Machine, Op
 from replicas.engine.kernels.cpu.program import TILE, Buffer, Program
 
@@ -107,6 +107,9 @@ class CpuKernels:
 
     def draw_of_rows(self, scores: Tensor, draws: GumbelDraws) -> NDArray[np.int64]:
         return self._machine.draw_of_rows(scores, draws)
+
+    def top_of_rows(self, scores: Tensor, draws: GumbelDraws, width: int) -> TopOfRows:
+        return self._machine.top_of_rows(scores, draws, width)
 
 
 def _attention_op(kind: Kind, heads: HeadShape) -> Op:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from replicas.engine.kernels import GumbelDraws
+from replicas.engine.kernels import GumbelDraws, TopOfRows
 from replicas.engine.kernels.cpu.build import KernelsUnavailable, library_path
 from replicas.engine.philox import split_words
 
@@ -32,6 +32,7 @@ class Kind(enum.IntEnum):
     ATTENTION = 7
     MERGE_ATTENTION = 8
     TAKE_ROWS = 9
+    CLEAR_FRESH_TAILS = 10
 
 
 class Op(ctypes.Structure):
@@ -114,22 +115,37 @@ class Machine:
 
     def draw_of_rows(self, scores: torch.Tensor, draws: GumbelDraws) -> NDArray[np.int64]:
         """scores (num_rows, vocab_size) fp32 -> (num_draws,) token ids."""
-        assert scores.is_contiguous(), "scores lie in one piece"
-        size, num_draws = scores.shape[1], len(draws.rows)
-        table = np.empty(num_draws, _DRAW_ROW)
-        table["scores"] = scores.data_ptr() + draws.rows * (size * scores.element_size())
-        for name in ("best", "temperature", "threshold"):
-            table[name] = getattr(draws, name)
-        table["seed_low"], table["seed_high"] = split_words(draws.seed)
-        table["position_low"], table["position_high"] = split_words(draws.position)
-        ids = np.empty(num_draws, np.int64)
-        addresses = table.ctypes.data, num_draws, size, ids.ctypes.data
+        rows, ids = _draw_rows(scores, draws), np.empty(len(draws.rows), np.int64)
+        addresses = rows.ctypes.data, len(rows), scores.shape[1], ids.ctypes.data
         self._check(self._library.millrace_draw_of_rows(self._handle, *addresses))
         return ids
+
+    def top_of_rows(self, scores: torch.Tensor, draws: GumbelDraws, width: int) -> TopOfRows:
+        """scores (num_rows, vocab_size) fp32, `width` at most vocab_size."""
+        rows = _draw_rows(scores, draws)
+        shape = (len(rows), width)
+        top = TopOfRows(np.empty(shape, np.float32), np.empty(shape, np.int64), np.empty(len(rows), np.float64))
+        outputs = top.scores.ctypes.data, top.token_ids.ctypes.data, top.mass.ctypes.data
+        status = self._library.millrace_top_of_rows(
+            self._handle, rows.ctypes.data, len(rows), scores.shape[1], width, *outputs
+        )
+        self._check(status)
+        return top
 
     def _check(self, status: int) -> None:
         if status:
             raise _ERRORS[status]
+
+
+def _draw_rows(scores: torch.Tensor, draws: GumbelDraws) -> NDArray[np.void]:
+    assert scores.is_contiguous(), "scores lie in one piece"
+    table = np.empty(len(draws.rows), _DRAW_ROW)
+    table["scores"] = scores.data_ptr() + draws.rows * (scores.shape[1] * scores.element_size())
+    for name in ("best", "temperature", "threshold"):
+        table[name] = getattr(draws, name)
+    table["seed_low"], table["seed_high"] = split_words(draws.seed)
+    table["position_low"], table["position_high"] = split_words(draws.position)
+    return table
 
 
 def instruction_sets() -> list[str]:
@@ -147,4 +163,5 @@ def _open_library() -> ctypes.CDLL:
     library.millrace_pack.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int]
     library.millrace_max_of_rows.argtypes = [c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p]
     library.millrace_draw_of_rows.argtypes = [c_void_p, c_void_p, c_int, c_int64, c_void_p]
+    library.millrace_top_of_rows.argtypes = [*[c_void_p] * 2, c_int, c_int64, c_int64, *[c_void_p] * 3]
     return library

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from replicas.engine.batch import Batch
 from replicas.engine.kernels import AttentionPlan, StepModel
-from replicas.engine.kernels.cpu.library import Kind, Machine, Op, Step
+from replicas.engine.kernels.cpu.library import DTYPES, Kind, Machine, Op, Step
 
 _ALIGNMENT = 64
 TILE = 32
@@ -89,11 +89,12 @@ class Program:
 
     def __init__(self, machine: Machine, model: StepModel, kv_cache: Tensor) -> None:
         recording = Recording()
+        recording.append(_clear_fresh_tails(kv_cache), [kv_cache])
         token_ids, positions, rows = (cast("Tensor", recording.buffer(0, torch.int64)) for _ in range(3))
         plan = cast("AttentionPlan", None)  # its columns are the step's, for all operations alike
         logits = cast("Buffer", model.logits(model(token_ids, positions, kv_cache, plan, rows)))
         self._machine = machine
-        self._kv_cache = kv_cache
+        self._block_size = kv_cache.shape[4]
         self._constants = recording.constants
         self._ops = (Op * len(recording.ops))(*recording.ops)
         self._output, self._vocab_size = logits.index, logits.width
@@ -111,8 +112,22 @@ class Program:
         buffers = self._offsets * num_tokens + base
         buffers[self._output] = logits.data_ptr()
         rows = (batch.query_start_loc[1:][batch.sampled_requests] - 1).astype(np.int64)
-        self._machine.run(self._ops, step_of(batch, rows, buffers, self._kv_cache.shape[4]))
+        self._machine.run(self._ops, step_of(batch, rows, buffers, self._block_size))
         return logits
+
+
+def _clear_fresh_tails(kv_cache: Tensor) -> Op:
+    num_layers, _, num_blocks, num_kv_heads, _, head_dim = kv_cache.shape
+    return Op(
+        Kind.CLEAR_FRESH_TAILS,
+        dtype=DTYPES[kv_cache.dtype],
+        **dict.fromkeys(("in0", "in1", "out0", "out1"), -1),
+        in_features=num_blocks,
+        out_features=num_layers,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        weight=kv_cache.data_ptr(),
+    )
 
 
 def step_of(

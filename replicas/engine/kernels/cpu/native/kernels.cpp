@@ -26,6 +26,8 @@ int num_tasks_of(const Op& op, const Step& step, const AttentionWork& work) {
       return work.num_items * op.num_kv_heads;
     case Kind::merge_attention:
       return work.num_merges * op.num_kv_heads;
+    case Kind::clear_fresh_tails:
+      return op.out_features;
     default:
       return ceil_div(rows, kRowsPerTask);
   }
@@ -62,6 +64,7 @@ void run_task_of(const Op& op, const Step& step, const AttentionWork& work, int 
     case Kind::linear_silu_and_mul: return run_linear<T>(op, step, task);
     case Kind::attention: return attention_task<T>(op, step, work, task, scratch);
     case Kind::merge_attention: return merge_attention_task<T>(op, step, work, task, scratch);
+    case Kind::clear_fresh_tails: return clear_fresh_tails_of_layer<T>(op, step, task);
     default: break;
   }
   const int rows = rows_of(op, step), end = (task + 1) * kRowsPerTask;
@@ -96,6 +99,6 @@ void pack(const void* weight, void* packed, int64_t out_features, int64_t in_fea
 
 extern const KernelTable table;
 const KernelTable table{MILLRACE_NAME(MILLRACE_ISA), num_tasks, run_task, scratch_bytes, pack,
-                        max_of_row, draw_of_row};
+                        max_of_row, draw_of_row, top_scratch_bytes, top_of_row};
 
 }  // namespace millrace::MILLRACE_ISA

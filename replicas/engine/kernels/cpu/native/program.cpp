@@ -125,8 +125,7 @@ class Machine {
       if (op->kind == Kind::attention && !work.items) work = planner_.plan(*op, step);
       if (op->kind == Kind::embed) check_tokens(step, op->in_features);
     }
-    std::vector<void*> scratch;
-    for (auto& memory : scratch_) scratch.push_back(memory.at_least(scratch_bytes));
+    const std::vector<void*> scratch = scratch_of_threads(scratch_bytes);
     pool_.run([&](int thread) {
       for (const Op* op = ops; op < ops + num_ops; ++op) {
         const int count = table_.num_tasks(*op, step, work);
@@ -138,22 +137,36 @@ class Machine {
 
   void pack(const void* weight, void* packed, int64_t out_features, int64_t in_features, Dtype dtype) {
     const int num_tiles = int((out_features + kTile - 1) / kTile);
-    for_each(num_tiles, [&](int tile) { table_.pack(weight, packed, out_features, in_features, dtype, tile); });
+    for_each(num_tiles, [&](int, int tile) { table_.pack(weight, packed, out_features, in_features, dtype, tile); });
   }
 
   void max_of_rows(const float* scores, int num_rows, int64_t size, float* best, int64_t* ids) {
-    for_each(num_rows, [&](int row) { table_.max_of_row(scores + row * size, size, best + row, ids + row); });
+    for_each(num_rows, [&](int, int row) { table_.max_of_row(scores + row * size, size, best + row, ids + row); });
   }
 
   void draw_of_rows(const DrawRow* rows, int num_rows, int64_t size, int64_t* ids) {
-    for_each(num_rows, [&](int row) { ids[row] = table_.draw_of_row(rows[row], size); });
+    for_each(num_rows, [&](int, int row) { ids[row] = table_.draw_of_row(rows[row], size); });
+  }
+
+  void top_of_rows(const DrawRow* rows, int num_rows, int64_t size, int64_t width, float* values, int64_t* ids,
+                   double* totals) {
+    const std::vector<void*> scratch = scratch_of_threads(table_.top_scratch_bytes(size));
+    for_each(num_rows, [&](int thread, int row) {
+      table_.top_of_row(rows[row], size, width, values + row * width, ids + row * width, totals + row, scratch[thread]);
+    });
   }
 
  private:
   template <class Task>
   void for_each(int count, Task&& task) {
-    if (count == 1) return task(0);
-    pool_.run([&](int thread) { pool_.phase(thread, count, task); });
+    if (count == 1) return task(0, 0);
+    pool_.run([&](int thread) { pool_.phase(thread, count, [&](int i) { task(thread, i); }); });
+  }
+
+  std::vector<void*> scratch_of_threads(size_t bytes) {
+    std::vector<void*> scratch;
+    for (auto& memory : scratch_) scratch.push_back(memory.at_least(bytes));
+    return scratch;
   }
 
   const KernelTable& table_;
@@ -224,6 +237,12 @@ int millrace_max_of_rows(void* machine, const float* scores, int num_rows, int64
 
 int millrace_draw_of_rows(void* machine, const DrawRow* rows, int num_rows, int64_t size, int64_t* ids) {
   return guarded([&] { static_cast<Machine*>(machine)->draw_of_rows(rows, num_rows, size, ids); });
+}
+
+int millrace_top_of_rows(void* machine, const DrawRow* rows, int num_rows, int64_t size, int64_t width, float* values,
+                         int64_t* ids, double* totals) {
+  return guarded(
+      [&] { static_cast<Machine*>(machine)->top_of_rows(rows, num_rows, size, width, values, ids, totals); });
 }
 
 }  // extern "C"

@@ -102,6 +102,21 @@ inline size_t v_offset(int key, int channel, int head_dim) {
   return (size_t(key / pair) * head_dim + channel) * pair + key % pair;
 }
 
+// Zeroes, in one layer, the V of every block that this step begins and leaves partly filled: what a former owner left
+// there (NaN, for one) would reach the product with a probability of 0. Scores of unwritten K are overwritten anyway.
+template <class T>
+inline void clear_fresh_tails_of_layer(const Op& op, const Step& step, int layer) {
+  const size_t block_elements = size_t(op.num_kv_heads) * step.block_size * op.head_dim;
+  T* v_cache = static_cast<T*>(const_cast<void*>(op.weight)) + (size_t(layer) * 2 + 1) * op.in_features * block_elements;
+  for (int request = 0; request < step.num_requests; ++request) {
+    const int length = step.seq_lens[request], last_block = (length - 1) / step.block_size;
+    const int num_new = step.query_start_loc[request + 1] - step.query_start_loc[request];
+    if (length % step.block_size == 0 || length - num_new > last_block * step.block_size) continue;
+    const int32_t block = step.block_tables[size_t(request) * step.max_blocks + last_block];
+    std::memset(v_cache + block * block_elements, 0, block_elements * sizeof(T));
+  }
+}
+
 // buffers[in0] (num_heads + 2 num_kv_heads, head_dim): rotates q and k in place, puts k and v into their slot.
 template <class T>
 inline void rope_and_store_row(const Op& op, const Step& step, int row) {

@@ -4,6 +4,7 @@
 // Philox4x32-10's (Salmon et al., SC '11), four tokens to a block. Single precision finds the few tokens that may win;
 // they are compared in double, exactly as the reference compares all of them.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -151,6 +152,56 @@ inline int64_t draw_of_row(const DrawRow& row, int64_t size) {
     }
   }
   return best_id;
+}
+
+struct Candidate {
+  float score;
+  int32_t id;
+  // Falling score, then rising id.
+  bool operator<(const Candidate& other) const { return score > other.score || (score == other.score && id < other.id); }
+};
+
+inline constexpr int kChunk = kLanes;
+
+// Chunks of a row of scores, and all of its tokens.
+inline size_t top_scratch_bytes(int64_t size) { return size_t(size + size / kChunk + 2) * sizeof(Candidate); }
+
+// The `width` likeliest tokens, width <= size, as scaled scores in order, and the mass, e**scaled, of all tokens that
+// reach the threshold. The largest scores of the chunks tell which chunks can hold one of them, without any sort of the
+// row.
+inline void top_of_row(const DrawRow& row, int64_t size, int64_t width, float* values, int64_t* ids, double* total,
+                       void* scratch) {
+  Candidate* chunks = static_cast<Candidate*>(scratch);
+  const int64_t num_chunks = (size + kChunk - 1) / kChunk;
+  Candidate* found = chunks + num_chunks + 1;
+  const auto scaled_chunk = [&](int64_t start) {
+    const int count = size - start < kChunk ? int(size - start) : kChunk;
+    return (load_some(row.scores + start, count) - row.best) / row.temperature;
+  };
+  double mass = 0;
+  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+    const int64_t start = chunk * kChunk;
+    Floats scaled = scaled_chunk(start);
+    for (int64_t i = size - start; i < kChunk; ++i) scaled[i] = -std::numeric_limits<float>::infinity();
+    chunks[chunk] = {largest(scaled), int32_t(chunk)};
+    mass += sum(scaled < row.threshold ? Floats{} : exp(scaled));
+  }
+  *total = mass;
+  float least = -std::numeric_limits<float>::infinity();
+  if (num_chunks > width) {
+    std::nth_element(chunks, chunks + width - 1, chunks + num_chunks);
+    least = chunks[width - 1].score;
+  }
+  int64_t num_found = 0;
+  for (int64_t c = 0; c < num_chunks; ++c) {
+    if (chunks[c].score < least) continue;
+    const int64_t start = int64_t(chunks[c].id) * kChunk;
+    const Floats scaled = scaled_chunk(start);
+    for (int64_t i = 0; i < kChunk && start + i < size; ++i)
+      if (scaled[i] >= least) found[num_found++] = {scaled[i], int32_t(start + i)};
+  }
+  std::partial_sort(found, found + width, found + num_found);
+  for (int64_t i = 0; i < width; ++i) values[i] = found[i].score, ids[i] = found[i].id;
 }
 
 }  // namespace millrace::MILLRACE_ISA

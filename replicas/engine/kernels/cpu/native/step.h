@@ -17,6 +17,7 @@ enum class Kind : int32_t {
   attention,
   merge_attention,
   take_rows,
+  clear_fresh_tails,
 };
 
 enum class Dtype : int32_t { bf16, fp32 };
@@ -27,13 +28,13 @@ struct Op {
   Dtype dtype;
   int32_t is_sampled;   // rows are the sampled ones, not all tokens
   int32_t in0, in1, out0, out1;
-  int32_t in_features;  // width of in0 that is read
-  int32_t out_features;
+  int32_t in_features;  // width of in0 that is read; embed: size of the vocabulary; clear: blocks of the cache
+  int32_t out_features; // clear: layers of the cache
   int32_t num_heads, num_kv_heads, head_dim, rotary_dim;
   int32_t row_stride;   // elements from row to row of the queries
   int32_t is_fp32_out;  // linear: logits
   float scalar;         // norm: epsilon; angles: factor; attention: scale
-  const void* weight;   // packed matrix, norm weight, embedding table, inverse frequencies or K cache
+  const void* weight;   // packed matrix, norm weight, embedding table, inverse frequencies, K cache or all of the cache
   const void* extra;    // bias or V cache
 };
 
@@ -79,7 +80,7 @@ inline constexpr int kMaxSplitRows = 4;    // token rows up to which the segment
 // Rows (token x query head of one K/V head) that one attention item holds at most.
 static constexpr int attention_token_rows(int group) { return group >= 48 ? 1 : 48 / group; }
 
-// One Gumbel draw from a row of scores.
+// A row of scores from which one token is to be drawn.
 struct DrawRow {
   const float* scores;
   float best, temperature, threshold;
@@ -94,6 +95,9 @@ struct KernelTable {
   void (*pack)(const void* weight, void* packed, int64_t out_features, int64_t in_features, Dtype dtype, int64_t tile);
   void (*max_of_row)(const float* scores, int64_t size, float* best, int64_t* id);
   int64_t (*draw_of_row)(const DrawRow& row, int64_t size);
+  size_t (*top_scratch_bytes)(int64_t size);
+  void (*top_of_row)(const DrawRow& row, int64_t size, int64_t width, float* values, int64_t* ids, double* total,
+                     void* scratch);
 };
 
 }  // namespace millrace
