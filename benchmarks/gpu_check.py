@@ -34,7 +34,8 @@ if "--dry-run" in sys.argv:
 import torch
 
 if TYPE_CHECKING:
-    from replicas.engine.model_runner import ModelRunner
+    from gpu_models import Rig
+
     from replicas.engine.models.transformer import TransformerConfig
 
 
@@ -126,27 +127,26 @@ def check_parity(device: torch.device, is_dry: bool) -> dict[str, float]:
     return gpu_parity.check_parity(device, is_dry)
 
 
-def measure_decode(runner: ModelRunner, config: TransformerConfig, sizes: Sizes, copy_rate: float) -> dict[str, Any]:
+def measure_decode(rig: Rig, sizes: Sizes, copy_rate: float) -> dict[str, Any]:
     """A greedy step with the host's work and its wait, the same without them, and the least it could take: every
     weight and every cached key and value read once."""
-    from gpu_models import block_bytes, head_parameters, linear_parameters, make_batch
+    from gpu_models import BLOCK_SIZE, block_bytes, head_parameters, linear_parameters, make_batch
     from gpu_timing import mean_s, median_s
 
-    device, itemsize = runner.kv_cache.device, runner.kv_cache.element_size()
+    config, device = rig.config, rig.device
+    itemsize = getattr(torch, config.dtype).itemsize
     weight_bytes = (linear_parameters(config) + head_parameters(config)) * itemsize
-    token_bytes = block_bytes(config) // runner.block_size
+    token_bytes = block_bytes(config) // BLOCK_SIZE
     figures = {}
     for size in sizes.batch_sizes:
         batch = make_batch(1, sizes.context, size, config.vocab_size, temperature=0.0)
         drawn = make_batch(1, sizes.context, size, config.vocab_size, temperature=1.0)
-        forward = runner._forward
         floor_s = (weight_bytes + size * sizes.context * token_bytes) / copy_rate
-        step_s = median_s(lambda: runner.run(batch), device, sizes.repeats)  # noqa: B023
-        with torch.inference_mode():
-            device_s = mean_s(lambda: forward(batch), device, sizes.repeats)  # noqa: B023
+        step_s = median_s(lambda: rig.execute(batch), device, sizes.repeats)  # noqa: B023
+        device_s = mean_s(lambda: rig.forward(batch), device, sizes.repeats)  # noqa: B023
         figures[f"batch {size}"] = {
             "step_ms": step_s * 1e3,
-            "drawn_step_ms": median_s(lambda: runner.run(drawn), device, sizes.repeats) * 1e3,  # noqa: B023
+            "drawn_step_ms": median_s(lambda: rig.execute(drawn), device, sizes.repeats) * 1e3,  # noqa: B023
             "forward_ms": device_s * 1e3,
             "floor_ms": floor_s * 1e3,
             "share_of_copy_rate": floor_s / step_s,
@@ -156,13 +156,13 @@ def measure_decode(runner: ModelRunner, config: TransformerConfig, sizes: Sizes,
     return figures
 
 
-def measure_prefill(runner: ModelRunner, config: TransformerConfig, sizes: Sizes, matmul_rate: float) -> dict[str, Any]:
+def measure_prefill(rig: Rig, sizes: Sizes, matmul_rate: float) -> dict[str, Any]:
     from gpu_models import head_parameters, linear_parameters, make_batch
     from gpu_timing import median_s
 
-    prompt_len, count = sizes.prompt_len, sizes.num_prompts
+    config, prompt_len, count = rig.config, sizes.prompt_len, sizes.num_prompts
     batch = make_batch(prompt_len, prompt_len, count, config.vocab_size, temperature=0.0)
-    step_s = median_s(lambda: runner.run(batch), runner.kv_cache.device, sizes.repeats)
+    step_s = median_s(lambda: rig.execute(batch), rig.device, sizes.repeats)
     num_tokens = prompt_len * count
     linear = 2 * linear_parameters(config) * num_tokens + 2 * head_parameters(config) * count
     # scores and values: two products over the causal half
@@ -177,17 +177,17 @@ def measure_prefill(runner: ModelRunner, config: TransformerConfig, sizes: Sizes
     }
 
 
-def measure_workload(runner: ModelRunner, config: TransformerConfig, sizes: Sizes, num_blocks: int) -> dict[str, Any]:
+def measure_workload(rig: Rig, sizes: Sizes) -> dict[str, Any]:
     """All requests at once through the engine, after short ones that meet every batch size once."""
     from gpu_models import generate, make_engine, uniform_workload
     from gpu_timing import synchronize
 
-    engine = make_engine(runner, config, num_blocks, sizes.tokens_per_step)
+    engine, vocab_size = make_engine(rig, sizes.tokens_per_step), rig.config.vocab_size
     start = time.perf_counter()
-    generate(engine, uniform_workload(sizes.num_requests, 1, min(128, sizes.high), config.vocab_size, seed=1))
+    generate(engine, uniform_workload(sizes.num_requests, 1, min(128, sizes.high), vocab_size, seed=1))
     warm_up_s = time.perf_counter() - start
-    workload = uniform_workload(sizes.num_requests, sizes.low, sizes.high, config.vocab_size, seed=0)
-    synchronize(runner.kv_cache.device)
+    workload = uniform_workload(sizes.num_requests, sizes.low, sizes.high, vocab_size, seed=0)
+    synchronize(rig.device)
     start = time.perf_counter()
     outputs = generate(engine, workload)
     seconds = time.perf_counter() - start
@@ -219,24 +219,23 @@ def num_blocks_for(config: TransformerConfig, sizes: Sizes, device: torch.device
 def measure_shape(
     report: Report, name: str, config: TransformerConfig, sizes: Sizes, device: torch.device, ceilings: dict[str, float]
 ) -> None:
-    from gpu_models import make_runner, random_model
+    from gpu_models import Rig, random_model
 
-    runners: list[ModelRunner] = []
+    rigs: list[Rig] = []
 
     def build() -> int:
         model = random_model(config, device)
         num_blocks = num_blocks_for(config, sizes, device)
-        runners.append(make_runner(model, num_blocks, device))
+        rigs.append(Rig(model, num_blocks, device))
         return num_blocks
 
-    num_blocks = report.part(f"{name}: KV blocks", build)
-    if num_blocks is None:
+    if report.part(f"{name}: KV blocks", build) is None:
         return
-    (runner,) = runners
+    (rig,) = rigs
     copy_rate, matmul_rate = ceilings["copy_bytes_per_s"], ceilings["matmul_flops_per_s"]
-    report.part(f"{name}: decode", lambda: measure_decode(runner, config, sizes, copy_rate))
-    report.part(f"{name}: prefill", lambda: measure_prefill(runner, config, sizes, matmul_rate))
-    report.part(f"{name}: workload", lambda: measure_workload(runner, config, sizes, num_blocks))
+    report.part(f"{name}: decode", lambda: measure_decode(rig, sizes, copy_rate))
+    report.part(f"{name}: prefill", lambda: measure_prefill(rig, sizes, matmul_rate))
+    report.part(f"{name}: workload", lambda: measure_workload(rig, sizes))
 
 
 def measure_peer(

@@ -1,4 +1,4 @@
-"""Models of given shapes with random weights on the engine's own parts: a runner for single steps, an engine for loads.
+"""Models of given shapes with random weights on the engine's own parts: single steps, and an engine for loads.
 
 Builds them without `worker.py` and `loader.py`, which want packages that a machine with a GPU may not have.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -90,15 +91,6 @@ def random_model(config: TransformerConfig, device: torch.device) -> Transformer
     return model
 
 
-def make_runner(model: Transformer, num_blocks: int, device: torch.device) -> ModelRunner:
-    """Over a cache of random values: what is measured should not attend to zeros."""
-    config = model.config
-    shape = KVShape.of(config, CacheConfig(block_size=BLOCK_SIZE), model.embed.weight.dtype)
-    cache = allocate(shape, num_blocks, device)
-    cache.normal_()
-    return ModelRunner(model, cache, Sampler(config.vocab_size, device, model.kernels))
-
-
 def block_bytes(config: TransformerConfig) -> int:
     dtype = getattr(torch, config.dtype)
     return KVShape.of(config, CacheConfig(block_size=BLOCK_SIZE), dtype).block_bytes
@@ -147,20 +139,29 @@ def make_batch(query_len: int, seq_len: int, num_requests: int, vocab_size: int,
     )
 
 
-@dataclass
-class RunnerExecutor:
-    """The `Executor` of a model that is there already."""
+class Rig:
+    """A model over a cache of random values (what is measured should not attend to zeros), and its `Executor`."""
 
-    runner: ModelRunner
-    num_blocks: int
-    kernels_name: str = "triton"
-    phases_s: Mapping[str, float] = field(default_factory=dict)
+    kernels_name = "triton"
+    phases_s: Mapping[str, float] = MappingProxyType({})
+
+    def __init__(self, model: Transformer, num_blocks: int, device: torch.device) -> None:
+        self.config, self.num_blocks, self.device = model.config, num_blocks, device
+        dtype = getattr(torch, model.config.dtype)
+        cache = allocate(KVShape.of(model.config, CacheConfig(block_size=BLOCK_SIZE), dtype), num_blocks, device)
+        cache.normal_()
+        self.runner = ModelRunner(model, cache, Sampler(model.config.vocab_size, device, model.kernels))
 
     def start(self) -> int:
         return self.num_blocks
 
     def execute(self, batch: Batch) -> StepOutput:
         return self.runner.run(batch)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> None:
+        """A step without its draws, which wait for the device."""
+        self.runner._forward(batch)
 
     def shutdown(self) -> None: ...
 
@@ -175,13 +176,13 @@ class Facts:
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
-def make_engine(runner: ModelRunner, config: TransformerConfig, num_blocks: int, max_tokens_per_step: int) -> Engine:
+def make_engine(rig: Rig, max_tokens_per_step: int) -> Engine:
     scheduler = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=max_tokens_per_step)
     cache = CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=False)
     engine = Engine(
         EngineConfig(ModelConfig("random weights"), cache, scheduler),
-        Facts(config.max_position, config.vocab_size),
-        RunnerExecutor(runner, num_blocks),
+        Facts(rig.config.max_position, rig.config.vocab_size),
+        rig,
     )
     engine.start()
     return engine

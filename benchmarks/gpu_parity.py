@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import empty_model, generate, make_engine, make_runner
+from gpu_models import Rig, empty_model, generate, make_engine
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -69,7 +69,7 @@ def _answers(
 ) -> list[list[int]]:
     """Of the engine, all prompts in one batch, the longer ones in chunks."""
     model = _load(folder, dtype, device)
-    engine = make_engine(make_runner(model, NUM_BLOCKS, device), model.config, NUM_BLOCKS, max_tokens_per_step=150)
+    engine = make_engine(Rig(model, NUM_BLOCKS, device), max_tokens_per_step=150)
     return generate(engine, [(prompt, num_tokens) for prompt in prompts])
 
 
