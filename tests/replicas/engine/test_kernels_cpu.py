@@ -35,7 +35,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 Build = Callable[..., Tensor | tuple[Tensor, ...]]
 
-every_set = pytest.mark.parametrize("instruction_set", instruction_sets())
+BEST, *OTHERS = instruction_sets()
+every_set = pytest.mark.parametrize(
+    "instruction_set", [BEST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 
 

@@ -26,7 +26,14 @@ KERNELS: list[Kernels] = [ReferenceKernels()]
 """The set that the tests of this module run on, one set after the other."""
 
 
-@pytest.fixture(params=["reference", *instruction_sets()], autouse=True, scope="module")
+BEST, *OTHERS = instruction_sets()
+
+
+@pytest.fixture(
+    params=["reference", BEST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)],
+    autouse=True,
+    scope="module",
+)
 def _every_kernel_set(request: pytest.FixtureRequest) -> None:
     is_reference = request.param == "reference"
     KERNELS[0] = ReferenceKernels() if is_reference else CpuKernels(Machine(2, request.param))
