@@ -100,6 +100,7 @@ def engine_config(model: ModelSection) -> EngineConfig:
             max_queued_requests=e.max_queued_requests,
         ),
         num_threads=e.num_threads,
+        stream_interval_ms=e.stream_interval_ms,
         tensor_parallel_size=e.tensor_parallel_size,
         pipeline_parallel_size=e.pipeline_parallel_size,
     )

@@ -98,6 +98,7 @@ class EngineSection(Section):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     enable_prefix_caching: bool = True
     num_threads: int | None = Field(None, ge=1)
+    stream_interval_ms: float = Field(30.0, ge=0, le=1000)
     tensor_parallel_size: int = Field(1, ge=1)
     pipeline_parallel_size: int = Field(1, ge=1)
     kernels: str | None = None

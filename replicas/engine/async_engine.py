@@ -16,6 +16,7 @@ from typing import TypeVar
 from replicas.engine.answer import Answer
 from replicas.engine.config import EngineConfig
 from replicas.engine.engine import Engine, SamplingDefaults
+from replicas.engine.outbox import Outbox
 from replicas.engine.request import Request
 from replicas.engine.sampling_params import SamplingParams
 from replicas.engine.scheduler import RequestOutput
@@ -43,13 +44,13 @@ Mailbox = asyncio.Queue[RequestOutput | MillraceError]
 class AsyncEngine:
     """All methods belong to the loop that called `start`."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_name: str) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_name: str, max_hold_s: float = 0.0) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._streams: dict[str, Mailbox] = {}
         self._ids = itertools.count()
-        self._thread = StepThread(engine, self._deliver, self._fail_streams)
+        self._thread = StepThread(engine, Outbox(max_hold_s), self._deliver, self._fail_streams)
         self._refusal: ReplicaUnavailable | None = ReplicaUnavailable("the replica has not started yet")
 
     @classmethod
@@ -61,7 +62,7 @@ class AsyncEngine:
 
         info = read_model_info(config.model)
         engine = Engine(config, info, LocalExecutor(config, info))
-        return cls(engine, load_tokenizer(config.model), model_name)
+        return cls(engine, load_tokenizer(config.model), model_name, config.stream_interval_ms / 1e3)
 
     async def start(self) -> None:
         """Load the model and begin to step. Raises ValueError where the model cannot be loaded."""

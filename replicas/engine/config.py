@@ -52,5 +52,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     num_threads: int | None = None
     """Compute threads; None: the cores this process may use."""
+    stream_interval_ms: float = 30.0
+    """Tokens wait this long at most, for others to travel with; the first of an answer and its end never do."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,8 +105,10 @@ class Engine:
         """End a request in any state; ids that are gone are ignored."""
         self._scheduler.abort(request_id)
 
-    def step(self) -> list[RequestOutput]:
-        """Everything that happened to requests in this step, ends included. Raises nothing that one request causes."""
+    def step(self, before_execution: Callable[[], None] = lambda: None) -> list[RequestOutput]:
+        """Everything that happened to requests in this step, ends included. Raises nothing that one request causes.
+
+        `before_execution` is called when all is prepared: what it sets off runs beside the executor's work."""
         self.beat()
         scheduled = self._scheduler.schedule()
         if not scheduled:
@@ -113,6 +116,7 @@ class Engine:
         self._is_checked = False
         try:
             batch = build_batch(scheduled, self._config.cache.block_size)
+            before_execution()
             return self._scheduler.update(scheduled, batch, self.executor.execute(batch))
         except Exception as error:
             logger.exception("a step of %d requests failed", len(scheduled))

@@ -1,16 +1,21 @@
 """What this process may use of its machine: cores and memory, after the limits of a container.
 
-Linux control groups (versions 1 and 2) and /proc; elsewhere the machine's own figures. Reads files, no environment.
+Linux control groups (versions 1 and 2), /proc and /sys; elsewhere the machine's own figures. Reads files, no
+environment.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import os
+import re
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def usable_cores(cgroup: Path = _CGROUP) -> int:
@@ -21,11 +26,36 @@ def usable_cores(cgroup: Path = _CGROUP) -> int:
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
+def processors(topology: Path = _TOPOLOGY) -> list[int]:
+    """Numbers of the processors in the affinity mask, those of one core side by side; empty where nobody tells."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+
+    def core_of(processor: int) -> int:
+        siblings = _read(topology / f"cpu{processor}" / "topology" / "thread_siblings_list") or ""
+        first = re.match(r"\d+", siblings)
+        return int(first[0]) if first else processor
+
+    return sorted(os.sched_getaffinity(0), key=lambda processor: (core_of(processor), processor))
+
+
 def available_memory_bytes(cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO) -> int:
     """Bytes that can still be taken before the machine swaps or the container is killed."""
     host = _host_available(meminfo)
     limited = _cgroup_available(cgroup)
     return host if limited is None else min(host, limited)
+
+
+def advise_huge_pages(address: int, num_bytes: int) -> None:
+    """Asks for huge pages behind memory that is not written yet, its first and last pages perhaps left out. A wish:
+    where they are not to be had, nothing changes."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (address + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(mmap.MADV_HUGEPAGE))
 
 
 def _cpu_quota(cgroup: Path) -> float | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from replicas.engine.config import CacheConfig
+from replicas.engine.host import advise_huge_pages
 from replicas.engine.models.transformer import TransformerConfig
 
 GIB = 1 << 30
@@ -85,7 +86,10 @@ def allocate(shape: KVShape, num_blocks: int, device: torch.device) -> Tensor:
     size = (shape.num_layers, 2, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
     try:
         num_values = num_blocks * shape.block_bytes // shape.dtype.itemsize
-        values = torch.zeros(num_values + _SLACK_VALUES, dtype=shape.dtype, device=device)
+        values = torch.empty(num_values + _SLACK_VALUES, dtype=shape.dtype, device=device)
+        if device.type == "cpu":
+            advise_huge_pages(values.data_ptr(), values.nbytes)
+        values.zero_()
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise ValueError(
             f"no memory for a KV cache of {num_blocks} blocks ({num_blocks * shape.block_bytes / GIB:.2f} GiB) "

@@ -3,7 +3,8 @@
     loop ── commands (one SimpleQueue) ──▶ thread           the thread sleeps on the queue when it has no work
     loop ◀── outputs (one call per step) ─ thread
 
-All torch work happens here, loading included. Knows no text and no streams.
+Outputs leave when the next step is prepared, so that the loop passes them on while kernels run, which need no
+interpreter; at once where no step follows. All torch work happens here, loading included. Knows no text and no streams.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from replicas.engine.engine import Engine
+from replicas.engine.outbox import Outbox
 from replicas.engine.request import Request
 from replicas.engine.scheduler import RequestOutput
 from replicas.types import EngineError, MillraceError, ReplicaUnavailable
@@ -48,10 +50,12 @@ class StepThread:
     def __init__(
         self,
         engine: Engine,
+        outbox: Outbox,
         deliver: Callable[[list[Delivery]], None],
         end: Callable[[ReplicaUnavailable], None],
     ) -> None:
         self._engine = engine
+        self._outbox = outbox
         self._deliver = deliver
         self._end = end
         self._commands: SimpleQueue[_Add | _Abort | _Stop] = SimpleQueue()
@@ -103,15 +107,18 @@ class StepThread:
         end = ReplicaUnavailable("the replica is shut down")
         try:
             while self._obey(loop):
-                outputs = self._engine.step()
-                if outputs:
-                    _call(loop, self._deliver, [(output.request_id, output) for output in outputs])
+                self._outbox.put(self._engine.step(lambda: self._hand_over(loop, self._outbox.take_due())))
         except BaseException:
             logger.exception("the step loop died")
             end = ReplicaUnavailable("the replica's step loop died")
         finally:
+            self._hand_over(loop, self._outbox.take_all())
             self._engine.shutdown()
             _call(loop, self._end, end)
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop, outputs: list[RequestOutput]) -> None:
+        if outputs:
+            _call(loop, self._deliver, [(output.request_id, output) for output in outputs])
 
     def _obey(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Carry out what was asked since the last step, sleeping while there is nothing to do; False: stop."""
@@ -121,6 +128,7 @@ class StepThread:
             except Empty:
                 if self._engine.has_work:
                     return True
+                self._hand_over(loop, self._outbox.take_all())
                 command = self._sleep()
             if isinstance(command, _Stop):
                 return False

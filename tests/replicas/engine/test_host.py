@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from pathlib import Path
 
 import pytest
 
-from replicas.engine.host import available_memory_bytes, usable_cores
+from replicas.engine.host import advise_huge_pages, available_memory_bytes, processors, usable_cores
 
 GIB = 1 << 30
 
@@ -66,6 +68,38 @@ def test_a_quota_limits_the_cores(
 def test_the_tighter_of_host_and_container_counts(files: dict[str, str], expected: int, tmp_path: Path) -> None:
     (tmp_path / "cgroup").mkdir()
     assert available_memory_bytes(write(tmp_path / "cgroup", files), meminfo(tmp_path, 6)) == expected
+
+
+@pytest.mark.parametrize(
+    ("siblings", "expected"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({0: "0,2", 2: "0,2", 1: "1,3", 3: "1,3"}, [0, 2, 1, 3]),
+        ({0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"}, [0, 1, 2, 3]),
+        ({0: "0,2", 1: "nonsense", 2: "0,2"}, [0, 2, 1, 3]),
+    ],
+)
+def test_processors_of_a_core_stand_side_by_side(
+    siblings: dict[int, str], expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 1, 2, 0})
+    for processor, text in siblings.items():
+        write(tmp_path, {f"cpu{processor}/topology/thread_siblings_list": f"{text}\n"})
+    assert processors(tmp_path) == expected
+
+
+def test_huge_pages_are_asked_for_within_the_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Libc:
+        def madvise(self, begin: ctypes.c_void_p, length: ctypes.c_size_t, _: ctypes.c_int) -> None:
+            asked.append((begin.value or 0, length.value))
+
+    monkeypatch.setattr("ctypes.CDLL", lambda _: Libc())
+    page = mmap.PAGESIZE
+    advise_huge_pages(10 * page + 1, 3 * page)
+    advise_huge_pages(10 * page + 1, page)
+    assert asked == [(11 * page, 2 * page)]
 
 
 def test_this_machine_has_cores_and_memory() -> None:

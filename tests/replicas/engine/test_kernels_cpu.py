@@ -3,6 +3,7 @@ the same bits in any company, in any chunks, on any number of threads."""
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -399,6 +400,19 @@ def test_without_a_compiler_the_reference_runs_and_the_reason_is_said(
 def test_a_set_that_does_not_run_here_is_refused_with_the_choices() -> None:
     with pytest.raises(KernelsUnavailable, match="portable"):
         Machine(1, "sve3")
+
+
+def test_threads_keep_to_their_own_processors_and_the_caller_only_meanwhile() -> None:
+    before, threads = os.sched_getaffinity(0), set(os.listdir("/proc/self/task"))
+    if len(before) < 2:
+        pytest.skip("one processor has nothing to share out")
+    two = Machine(2)
+    packed = torch.empty(64 * 64)
+    two.pack(torch.ones(64, 64), packed)
+    (worker,) = set(os.listdir("/proc/self/task")) - threads
+    assert os.sched_getaffinity(0) == before
+    assert len(os.sched_getaffinity(int(worker))) == len(before) - len(before) // 2
+    assert os.sched_getaffinity(int(worker)) < before
 
 
 def test_an_odd_number_of_input_features_is_refused() -> None:

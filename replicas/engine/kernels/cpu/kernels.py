@@ -12,9 +12,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from replicas.engine.host import advise_huge_pages
 from replicas.engine.kernels import AttentionPlan, Forward, GumbelDraws, HeadShape, StepModel, TopOfRows
 from replicas.engine.kernels.cpu.library import DTYPES, Kind, Machine, Op
-from replicas.engine.kernels.cpu.program import TILE, Buffer, Program
+from replicas.engine.kernels.cpu.program import ALIGNMENT, TILE, Buffer, Program
+
+
+class PackedMemory:
+    """Room for packed weights, one behind the other in pieces large enough for huge pages: a step reads all weights
+    once, and at the end of each page the processor stops reading ahead. Nothing is handed back."""
+
+    PIECE_BYTES = 64 * 2**20
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, num_values: int, dtype: torch.dtype) -> Tensor:
+        """(num_values,), not initialised."""
+        num_bytes = -(-num_values * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        if num_bytes > len(self._free):
+            self._free = torch.empty(max(num_bytes, self.PIECE_BYTES), dtype=torch.uint8)
+            advise_huge_pages(self._free.data_ptr(), len(self._free))
+        values, self._free = self._free[:num_bytes], self._free[num_bytes:]
+        return values[: num_values * dtype.itemsize].view(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +52,7 @@ class CpuKernels:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+        self._memory = PackedMemory()
         threads = "1 thread" if machine.num_threads == 1 else f"{machine.num_threads} threads"
         self.name = f"cpu ({machine.instruction_set}, {threads})"
 
@@ -43,7 +64,7 @@ class CpuKernels:
         out_features, in_features = weight.shape
         if in_features % 2:
             raise ValueError(f"the CPU kernels need an even number of input features, not {in_features}")
-        data = torch.empty(-(-out_features // TILE) * TILE * in_features, dtype=weight.dtype)
+        data = self._memory.empty(-(-out_features // TILE) * TILE * in_features, weight.dtype)
         self._machine.pack(weight.contiguous(), data)
         return PackedWeight(data, out_features, in_features)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from replicas.engine.host import processors
 from replicas.engine.kernels import GumbelDraws, TopOfRows
 from replicas.engine.kernels.cpu.build import KernelsUnavailable, library_path
 from replicas.engine.philox import split_words
@@ -89,7 +90,10 @@ class Machine:
         self.num_threads = num_threads
         if self.instruction_set not in here:
             raise KernelsUnavailable(f"this processor does not run {self.instruction_set}; it runs {', '.join(here)}")
-        self._handle = self._library.millrace_open(self.instruction_set.encode(), num_threads)
+        numbers = np.array(processors(), np.int32)
+        self._handle = self._library.millrace_open(
+            self.instruction_set.encode(), num_threads, numbers.ctypes.data, len(numbers)
+        )
         if not self._handle:
             raise KernelsUnavailable(f"no threads or memory for {num_threads} compute threads")
         weakref.finalize(self, self._library.millrace_close, self._handle)
@@ -157,7 +161,7 @@ def instruction_sets() -> list[str]:
 def _open_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_path()))
     library.millrace_instruction_sets.restype = c_char_p
-    library.millrace_open.argtypes, library.millrace_open.restype = [c_char_p, c_int], c_void_p
+    library.millrace_open.argtypes, library.millrace_open.restype = [c_char_p, c_int, c_void_p, c_int], c_void_p
     library.millrace_close.argtypes, library.millrace_close.restype = [c_void_p], None
     library.millrace_run.argtypes = [c_void_p, POINTER(Op), c_int, POINTER(Step)]
     library.millrace_pack.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int]

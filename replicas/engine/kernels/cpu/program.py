@@ -19,7 +19,8 @@ from replicas.engine.batch import Batch
 from replicas.engine.kernels import AttentionPlan, StepModel
 from replicas.engine.kernels.cpu.library import DTYPES, Kind, Machine, Op, Step
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
+"""Bytes of a cache line and of the widest register."""
 TILE = 32
 """Output features of a packed weight's tile and keys of a tile of the cache, whose blocks are a multiple of it."""
 
@@ -69,7 +70,7 @@ class Recording:
                 if index < 0 or index == output or any(index == held for *_, held in taken):
                     continue
                 buffer = self.buffers[index]
-                size = -(-buffer.width * buffer.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+                size = -(-buffer.width * buffer.dtype.itemsize // ALIGNMENT) * ALIGNMENT
                 offsets[index] = _first_gap(taken, size)
                 taken.append((int(offsets[index]), size, index))
                 taken.sort()
@@ -99,21 +100,27 @@ class Program:
         self._ops = (Op * len(recording.ops))(*recording.ops)
         self._output, self._vocab_size = logits.index, logits.width
         self._offsets, self._bytes_per_row = recording.offsets(logits.index)
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._arena = np.empty(0, np.uint8)
+        self._logits = np.empty((0, self._vocab_size), np.float32)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """(num_samples, vocab_size) fp32. Raises IndexError for a token id outside the vocabulary."""
-        num_tokens = len(batch.token_ids)
-        num_bytes = num_tokens * self._bytes_per_row + _ALIGNMENT
+        """(num_samples, vocab_size) fp32, overwritten by the next step. Raises IndexError for a token id outside the
+        vocabulary."""
+        # No torch until the native call: its functions give up the interpreter's lock, and whoever takes it then keeps
+        # the kernels waiting.
+        num_tokens, num_samples = len(batch.token_ids), len(batch.sampled_requests)
+        num_bytes = num_tokens * self._bytes_per_row + ALIGNMENT
         if num_bytes > len(self._arena):
-            self._arena = torch.empty(num_bytes, dtype=torch.uint8)
-        logits = torch.empty((len(batch.sampled_requests), self._vocab_size), dtype=torch.float32)
-        base = -(-self._arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+            self._arena = np.empty(num_bytes, np.uint8)
+        if num_samples > len(self._logits):
+            self._logits = np.empty((num_samples, self._vocab_size), np.float32)
+        logits = self._logits[:num_samples]
+        base = -(-_address(self._arena, np.uint8) // ALIGNMENT) * ALIGNMENT
         buffers = self._offsets * num_tokens + base
-        buffers[self._output] = logits.data_ptr()
+        buffers[self._output] = _address(logits, np.float32)
         rows = (batch.query_start_loc[1:][batch.sampled_requests] - 1).astype(np.int64)
         self._machine.run(self._ops, step_of(batch, rows, buffers, self._block_size))
-        return logits
+        return torch.from_numpy(logits)
 
 
 def _clear_fresh_tails(kv_cache: Tensor) -> Op:

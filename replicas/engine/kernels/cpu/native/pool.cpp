@@ -3,6 +3,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 namespace millrace {
 namespace {
@@ -24,9 +27,29 @@ void wait_while_equal(const std::atomic<uint32_t>& word, uint32_t old) {
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }
 
+// Where this thread may run. Hints: on a machine with more processors than a mask names, or whose set of them has shrunk
+// meanwhile, nothing changes.
+#if defined(__linux__)
+using Mask = cpu_set_t;
+bool get_mask(Mask& mask) { return sched_getaffinity(0, sizeof mask, &mask) == 0; }
+void set_mask(const Mask& mask) { sched_setaffinity(0, sizeof mask, &mask); }
+Mask mask_of(const std::vector<int>& processors) {
+  Mask mask;
+  CPU_ZERO(&mask);
+  for (int processor : processors)
+    if (processor < CPU_SETSIZE) CPU_SET(processor, &mask);
+  return mask;
+}
+#else
+struct Mask {};
+bool get_mask(Mask&) { return false; }
+void set_mask(const Mask&) {}
+Mask mask_of(const std::vector<int>&) { return {}; }
+#endif
+
 }  // namespace
 
-Pool::Pool(int num_threads) {
+Pool::Pool(int num_threads, std::vector<int> processors) : processors_(std::move(processors)) {
   for (auto& set : claims_) set = std::make_unique<Claims[]>(num_threads);
   phase_of_ = std::make_unique<PhaseNumber[]>(num_threads);
   threads_.reserve(num_threads - 1);  // `size` must be right before the first of them runs a phase
@@ -41,20 +64,30 @@ Pool::~Pool() {
 }
 
 void Pool::run(const std::function<void(int)>& work) {
+  Mask before;
+  const bool moves = has_own_processors() && get_mask(before);
+  if (moves) set_mask(mask_of(processors_of(0)));
   work_ = &work;
   run_number_.fetch_add(1, std::memory_order_release);
   run_number_.notify_all();
   work(0);
   barrier(0);
+  if (moves) set_mask(before);
 }
 
 void Pool::serve(int thread) {
+  if (has_own_processors()) set_mask(mask_of(processors_of(thread)));
   for (uint32_t seen = 0;; ++seen) {
     wait_while_equal(run_number_, seen);
     if (is_closing_) return;
     (*work_)(thread);
     barrier(thread);
   }
+}
+
+std::vector<int> Pool::processors_of(int thread) const {
+  const int count = int(processors_.size());
+  return {processors_.begin() + share_begin(count, thread), processors_.begin() + share_begin(count, thread + 1)};
 }
 
 void Pool::barrier(int thread) {

@@ -1,5 +1,8 @@
 // Threads that share the tasks of one phase after another. They spin for a moment between phases and steps, because a
 // step has hundreds of phases of microseconds; then they sleep, so that an idle engine costs nothing.
+//
+// Each thread keeps to its own share of the processors. Left to the kernel, two threads that wake each other may end up
+// on one processor and take turns there while the other idles: alternating, they look like one busy thread.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -12,13 +15,15 @@ namespace millrace {
 
 class Pool {
  public:
-  explicit Pool(int num_threads);
+  // `processors`: their numbers, neighbours (two hyperthreads of a core) side by side; empty: the kernel chooses.
+  Pool(int num_threads, std::vector<int> processors);
   ~Pool();
   Pool(const Pool&) = delete;
 
   int size() const { return int(threads_.size()) + 1; }
 
-  // Runs work(thread) on every thread, the caller being thread 0; returns when all have returned.
+  // Runs work(thread) on every thread, the caller being thread 0; returns when all have returned. The caller keeps to
+  // its processors only meanwhile.
   void run(const std::function<void(int)>& work);
 
   // For work run by `run`, called by all of its threads with the same arguments: runs task(i) for every i < count, each
@@ -45,10 +50,13 @@ class Pool {
   };
   static constexpr int kNumClaimSets = 3;  // this phase's, the next one's, and the one that is being cleared
 
+  bool has_own_processors() const { return size() > 1 && size() <= int(processors_.size()); }
+  std::vector<int> processors_of(int thread) const;
   int share_begin(int count, int owner) const { return int(int64_t(count) * owner / size()); }
   void barrier(int thread);
   void serve(int thread);
 
+  const std::vector<int> processors_;
   std::vector<std::thread> threads_;
   std::unique_ptr<Claims[]> claims_[kNumClaimSets];
   std::unique_ptr<PhaseNumber[]> phase_of_;

@@ -113,7 +113,8 @@ class AttentionPlanner {
 // Owner of threads and scratch memory; one per process and number of threads. Runs one thing at a time.
 class Machine {
  public:
-  Machine(const KernelTable& table, int num_threads) : table_(table), pool_(num_threads), scratch_(num_threads) {}
+  Machine(const KernelTable& table, int num_threads, std::vector<int> processors)
+      : table_(table), pool_(num_threads, std::move(processors)), scratch_(num_threads) {}
 
   const char* name() const { return table_.name; }
 
@@ -207,12 +208,13 @@ const char* millrace_instruction_sets() {
   return names.c_str();
 }
 
-// Null: no such instruction set here, or no memory or threads.
-void* millrace_open(const char* instruction_set, int num_threads) {
+// `processors`: what the threads share out among themselves (pool.h). Null: no such instruction set here, or no memory
+// or threads.
+void* millrace_open(const char* instruction_set, int num_threads, const int32_t* processors, int num_processors) {
   Machine* machine = nullptr;
   for (const KernelTable* table : runnable_tables())
     if (std::string(table->name) == instruction_set) {
-      guarded([&] { machine = new Machine(*table, num_threads); });
+      guarded([&] { machine = new Machine(*table, num_threads, {processors, processors + num_processors}); });
       break;
     }
   return machine;
