@@ -90,7 +90,7 @@ class EngineSection(Section):
     quantization: str | None = None
     max_model_len: int | None = Field(None, ge=2)
     max_num_seqs: int = Field(64, ge=1)
-    max_num_batched_tokens: int = Field(1024, ge=1)
+    max_num_batched_tokens: int = Field(512, ge=1)
     max_queued_requests: int = Field(512, ge=1)
     block_size: int = Field(32, ge=1)
     num_gpu_blocks_override: int | None = Field(None, ge=1)

@@ -40,7 +40,7 @@ class CacheConfig:
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
+    max_num_batched_tokens: int = 512
     max_queued_requests: int = 512
     """Requests waiting for their first step; one more is refused with `Overloaded`."""
 

@@ -13,7 +13,9 @@ inline constexpr int kMaxRows = 12;  // 24 sums, 2 vectors of weights and 1 of i
 inline constexpr int kMaxRows = 2;
 #endif
 
-inline constexpr int kPrefetchBytes = 2048;
+// So far ahead that weights arrive while the rows before them are multiplied: the processor's own reading ahead is
+// neither as far nor across pages. Past the end of a tile lies the next one.
+inline constexpr int kPrefetchBytes = 8192;
 
 template <class T, int rows>
 inline __attribute__((always_inline)) void multiply_rows(
@@ -21,10 +23,8 @@ inline __attribute__((always_inline)) void multiply_rows(
   typedef Pair<T> P;
   for (int m = 0; m < rows; ++m) sums[m][0] = sums[m][1] = Floats{};
   for (int k = 0; k < num_pairs; ++k, weights += weight_stride) {
-    if (rows <= 4) {
-      __builtin_prefetch((const char*)weights + kPrefetchBytes);
-      __builtin_prefetch((const char*)weights + kPrefetchBytes + 64);
-    }
+    __builtin_prefetch((const char*)weights + kPrefetchBytes);
+    __builtin_prefetch((const char*)weights + kPrefetchBytes + 64);
     const auto left = load_pairs(weights);
     const auto right = load_pairs(weights + kLanes * P::size);
     for (int m = 0; m < rows; ++m) {
