@@ -98,13 +98,13 @@ struct AttentionScratch {
 };
 
 // 32 keys of one block for all rows. `first_key` is the position of the first of them, `first_position` that of the first
-// token row; rows of one token are neighbours, `group` of them.
+// token row; rows of one token are neighbours, `group` of them. `ahead`: bytes from these tiles to the next ones.
 template <class T>
 inline void attend_tile(const Op& op, AttentionScratch<T>& s, int num_rows, int group, int first_position, int first_key,
-                        const T* k_tile, const T* v_tile) {
+                        const T* k_tile, const T* v_tile, std::ptrdiff_t ahead) {
   constexpr int pair = Pair<T>::size;
   const int head_dim = op.head_dim, width = s.segment.width;
-  multiply_tile(s.queries, head_dim, num_rows, k_tile, kTile * pair, head_dim / pair,
+  multiply_tile(s.queries, head_dim, num_rows, k_tile, kTile * pair, head_dim / pair, ahead,
                 [&](int row, Floats left, Floats right) {
                   float* to = s.scores + size_t(row) * kTile;
                   store(to, left * op.scalar);
@@ -133,7 +133,7 @@ inline void attend_tile(const Op& op, AttentionScratch<T>& s, int num_rows, int 
     store(weights + kLanes, right_weights);
   }
   for (int channel = 0; channel < width; channel += kTile)
-    multiply_tile(s.weights, kTile, num_rows, v_tile + size_t(channel) * pair, size_t(head_dim) * pair, kTile / pair,
+    multiply_tile(s.weights, kTile, num_rows, v_tile + size_t(channel) * pair, size_t(head_dim) * pair, kTile / pair, ahead,
                   [&](int row, Floats left, Floats right) {
                     float* to = s.segment.values + size_t(row) * width + channel;
                     store(to, load(to) * s.rescale[row] + left);
@@ -163,17 +163,20 @@ inline void attention_task(const Op& op, const Step& step, const AttentionWork& 
   const int first_position = int(step.positions[item.first_row]);
   const int num_keys = first_position + item.num_rows;  // that the last row sees
   const int32_t* table = step.block_tables + size_t(item.request) * step.max_blocks;
-  const size_t block_elements = size_t(step.block_size) * head_dim;
+  const auto tile_at = [&](int key) {  // elements before the tile of `key`, in K and in V
+    const size_t block = size_t(table[key / step.block_size]) * op.num_kv_heads + kv_head;
+    return (block * step.block_size + key % step.block_size) * head_dim;
+  };
+  const T* k_cache = static_cast<const T*>(op.weight);
+  const T* v_cache = static_cast<const T*>(op.extra);
   s.total.clear(num_rows);
   for (int segment = item.first_segment; segment < item.first_segment + item.num_segments; ++segment) {
     s.segment.clear(num_rows);
     const int end = num_keys < (segment + 1) * kSegmentKeys ? num_keys : (segment + 1) * kSegmentKeys;
     for (int key = segment * kSegmentKeys; key < end; key += kTile) {
-      const size_t block = size_t(table[key / step.block_size]) * op.num_kv_heads + kv_head;
-      const size_t tile = size_t(key % step.block_size) * head_dim;  // a tile of keys starts there, in K and in V
-      attend_tile<T>(op, s, num_rows, group, first_position, key,
-                     static_cast<const T*>(op.weight) + block * block_elements + tile,
-                     static_cast<const T*>(op.extra) + block * block_elements + tile);
+      const size_t tile = tile_at(key), next = tile_at(key + kTile < num_keys ? key + kTile : key);
+      const std::ptrdiff_t ahead = std::ptrdiff_t(next - tile) * std::ptrdiff_t(sizeof(T));
+      attend_tile<T>(op, s, num_rows, group, first_position, key, k_cache + tile, v_cache + tile, ahead);
     }
     for (int row = 0; row < num_rows; ++row) s.total.merge(s.segment, row);
   }

@@ -7,6 +7,8 @@ namespace millrace::MILLRACE_ISA {
 
 inline constexpr size_t kInputBytes = 512 * 1024;  // of the rows that one task reads: they stay in a core's L2 cache
 
+inline constexpr std::ptrdiff_t kAheadBytes = 8192;     // of weights; past the end of a tile lies the next one
+
 inline int num_tiles(int out_features) { return (out_features + kTile - 1) / kTile; }
 
 template <class T>
@@ -33,7 +35,7 @@ inline void linear_task(const Op& op, const Step& step, int first_row, int num_r
   Out* out = static_cast<Out*>(step.buffers[op.out0]) + size_t(first_row) * op.out_features + feature;
   const Floats left_bias = bias_of<T>(op, feature, left_count);
   const Floats right_bias = right_count > 0 ? bias_of<T>(op, feature + kLanes, right_count) : Floats{};
-  multiply_tile(x, op.in_features, num_rows, tile_of<T>(op, tile), kTile * pair, op.in_features / pair,
+  multiply_tile(x, op.in_features, num_rows, tile_of<T>(op, tile), kTile * pair, op.in_features / pair, kAheadBytes,
                 [&](int row, Floats left, Floats right) {
                   Out* to = out + size_t(row) * op.out_features;
                   store_some(to, left + left_bias, left_count);
@@ -54,8 +56,8 @@ inline void linear_silu_and_mul_task(const Op& op, const Step& step, int first_r
   for_row_blocks(num_rows, [&](int first, auto rows) {
     Floats gate[rows][2], up[rows][2];
     const T* some = x + size_t(first) * op.in_features;
-    multiply_rows<T, rows>(some, op.in_features, gate_tile, kTile * pair, num_pairs, gate);
-    multiply_rows<T, rows>(some, op.in_features, up_tile, kTile * pair, num_pairs, up);
+    multiply_rows<T, rows>(some, op.in_features, gate_tile, kTile * pair, num_pairs, kAheadBytes, gate);
+    multiply_rows<T, rows>(some, op.in_features, up_tile, kTile * pair, num_pairs, kAheadBytes, up);
     for (int m = 0; m < rows; ++m)
       for (int side = 0; side < 2; ++side) {
         const int at = feature + side * kLanes;

@@ -13,18 +13,17 @@ inline constexpr int kMaxRows = 12;  // 24 sums, 2 vectors of weights and 1 of i
 inline constexpr int kMaxRows = 2;
 #endif
 
-// So far ahead that weights arrive while the rows before them are multiplied: the processor's own reading ahead is
-// neither as far nor across pages. Past the end of a tile lies the next one.
-inline constexpr int kPrefetchBytes = 8192;
-
+// `ahead`: bytes from the weights to those that will be wanted next. They arrive while these are multiplied; the
+// processor's own reading ahead is neither as far nor across pages.
 template <class T, int rows>
-inline __attribute__((always_inline)) void multiply_rows(
-    const T* x, size_t x_stride, const T* weights, size_t weight_stride, int num_pairs, Floats (&sums)[rows][2]) {
+inline __attribute__((always_inline)) void multiply_rows(const T* x, size_t x_stride, const T* weights,
+                                                         size_t weight_stride, int num_pairs, std::ptrdiff_t ahead,
+                                                         Floats (&sums)[rows][2]) {
   typedef Pair<T> P;
   for (int m = 0; m < rows; ++m) sums[m][0] = sums[m][1] = Floats{};
   for (int k = 0; k < num_pairs; ++k, weights += weight_stride) {
-    __builtin_prefetch((const char*)weights + kPrefetchBytes);
-    __builtin_prefetch((const char*)weights + kPrefetchBytes + 64);
+    __builtin_prefetch((const char*)weights + ahead);
+    __builtin_prefetch((const char*)weights + ahead + 64);
     const auto left = load_pairs(weights);
     const auto right = load_pairs(weights + kLanes * P::size);
     for (int m = 0; m < rows; ++m) {
@@ -54,10 +53,10 @@ inline void for_row_blocks(int num_rows, Block&& block) {
 // done(row, left, right) receives the 32 sums of each row.
 template <class T, class Done>
 inline void multiply_tile(const T* x, size_t x_stride, int num_rows, const T* weights, size_t weight_stride,
-                          int num_pairs, Done&& done) {
+                          int num_pairs, std::ptrdiff_t ahead, Done&& done) {
   for_row_blocks(num_rows, [&](int first, auto rows) {
     Floats sums[rows][2];
-    multiply_rows<T, rows>(x + first * x_stride, x_stride, weights, weight_stride, num_pairs, sums);
+    multiply_rows<T, rows>(x + first * x_stride, x_stride, weights, weight_stride, num_pairs, ahead, sums);
     for (int m = 0; m < rows; ++m) done(first + m, sums[m][0], sums[m][1]);
   });
 }

@@ -1,6 +1,7 @@
 // Sixteen floats at a time, in GCC's vector extensions: one source for every instruction set it is compiled for.
 #pragma once
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX512F__)
