@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 
 from cluster.config import MillraceConfig
+from cluster.haproxy import prefer_launcher
 from cluster.placement import (
     CACHE_CPUS,
     GATEWAY_CPUS,
@@ -232,6 +233,7 @@ def prepare_environment() -> str | None:
         # Threads that spin long at a barrier starve the gateway beside them; those that never spin wake late.
         GOMP_SPINCOUNT="2000",
     )
+    prefer_launcher()
     for name in (
         "RAY_SERVE_HAPROXY_STATS_PORT",
         "RAY_SERVE_HAPROXY_METRICS_PORT",
