@@ -54,8 +54,7 @@ class Step(ctypes.Structure):
     """`millrace::Step`."""
 
     _fields_ = [
-        *[(name, c_int32) for name in ("num_tokens", "num_requests", "num_samples")],
-        *[(name, c_int32) for name in ("block_size", "max_blocks", "num_buffers")],
+        *[(name, c_int32) for name in ("num_tokens", "num_requests", "num_samples", "block_size", "max_blocks")],
         *[(name, c_void_p) for name in ("token_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens")],
         *[(name, c_void_p) for name in ("block_tables", "rows", "buffers")],
     ]

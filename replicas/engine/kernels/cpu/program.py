@@ -150,7 +150,6 @@ def step_of(
         num_samples=len(rows),
         block_size=block_size,
         max_blocks=batch.block_tables.shape[1],
-        num_buffers=len(buffers),
         token_ids=_address(batch.token_ids, np.int64),
         positions=_address(batch.positions, np.int64),
         slot_mapping=_address(batch.slot_mapping, np.int64),

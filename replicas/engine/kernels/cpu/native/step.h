@@ -39,7 +39,7 @@ struct Op {
 };
 
 struct Step {
-  int32_t num_tokens, num_requests, num_samples, block_size, max_blocks, num_buffers;
+  int32_t num_tokens, num_requests, num_samples, block_size, max_blocks;
   const int64_t* token_ids;         // (num_tokens,)
   const int64_t* positions;         // (num_tokens,)
   const int64_t* slot_mapping;      // (num_tokens,)
@@ -47,7 +47,7 @@ struct Step {
   const int32_t* seq_lens;          // (num_requests,)
   const int32_t* block_tables;      // (num_requests, max_blocks)
   const int64_t* rows;              // (num_samples,)
-  void* const* buffers;             // (num_buffers,)
+  void* const* buffers;             // one for each operand
 };
 
 // One piece of attention: query rows of one request over a range of its key segments.
