@@ -41,7 +41,7 @@ def llama_config(config: TransformerConfig, eos_token_ids: frozenset[int]) -> di
         "rope_theta": config.rope.theta,
         "max_position_embeddings": config.max_position,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "eos_token_id": min(eos_token_ids),
+        "eos_token_id": sorted(eos_token_ids),
         "torch_dtype": "bfloat16",
     }
 

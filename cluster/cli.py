@@ -58,7 +58,7 @@ def serve(
     max_model_len: Annotated[int | None, _flag("Context in tokens.")] = None,
     max_num_seqs: Annotated[int | None, _flag("Requests in one step at most.")] = None,
     max_num_batched_tokens: Annotated[int | None, _flag("Tokens in one step at most.")] = None,
-    stream_interval_ms: Annotated[float | None, _flag("Tokens wait this long to travel together.")] = None,
+    stream_interval_ms: Annotated[float | None, _flag("Tokens wait about this long to travel together.")] = None,
     block_size: Annotated[int | None, _flag("Tokens in one KV block.")] = None,
     gpu_memory_utilization: Annotated[float | None, _flag("Share of GPU memory.")] = None,
     kv_cache_memory_bytes: Annotated[int | None, _flag("Size of the KV cache.")] = None,

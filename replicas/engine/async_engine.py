@@ -44,7 +44,7 @@ Mailbox = asyncio.Queue[RequestOutput | MillraceError]
 class AsyncEngine:
     """All methods belong to the loop that called `start`."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_name: str, max_hold_s: float = 0.0) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_name: str, max_hold_s: float) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model_name = model_name

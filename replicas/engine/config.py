@@ -53,6 +53,7 @@ class EngineConfig:
     num_threads: int | None = None
     """Compute threads; None: the cores this process may use."""
     stream_interval_ms: float = 30.0
-    """Tokens wait this long at most, for others to travel with; the first of an answer and its end never do."""
+    """Tokens wait about this long, for others to travel with; never the first of an answer, its end, or those of a
+    request with stop strings (`outbox.py`)."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1

@@ -105,10 +105,10 @@ class Engine:
         """End a request in any state; ids that are gone are ignored."""
         self._scheduler.abort(request_id)
 
-    def step(self, before_execution: Callable[[], None] = lambda: None) -> list[RequestOutput]:
+    def step(self, before_execution: Callable[[int], None] = lambda num_tokens: None) -> list[RequestOutput]:
         """Everything that happened to requests in this step, ends included. Raises nothing that one request causes.
 
-        `before_execution` is called when all is prepared: what it sets off runs beside the executor's work."""
+        `before_execution(num_tokens)` is called once all is prepared: what it sets off runs beside the executor."""
         self.beat()
         scheduled = self._scheduler.schedule()
         if not scheduled:
@@ -116,7 +116,7 @@ class Engine:
         self._is_checked = False
         try:
             batch = build_batch(scheduled, self._config.cache.block_size)
-            before_execution()
+            before_execution(len(batch.token_ids))
             return self._scheduler.update(scheduled, batch, self.executor.execute(batch))
         except Exception as error:
             logger.exception("a step of %d requests failed", len(scheduled))

@@ -1,7 +1,7 @@
-"""What this process may use of its machine: cores and memory, after the limits of a container.
+"""What this process may use of its machine, cores and memory, after the limits of a container; and how it asks the
+kernel for huge pages.
 
-Linux control groups (versions 1 and 2), /proc and /sys; elsewhere the machine's own figures. Reads files, no
-environment.
+Linux control groups (versions 1 and 2), /proc and /sys; elsewhere the machine's own figures. Reads no environment.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The thread that steps an engine, and the two ways into and out of it.
 
     loop ── commands (one SimpleQueue) ──▶ thread           the thread sleeps on the queue when it has no work
-    loop ◀── outputs (one call per step) ─ thread
+    loop ◀── outputs (a call per step, or for several) ─ thread
 
 Outputs leave when the next step is prepared, so that the loop passes them on while kernels run, which need no
 interpreter; at once where no step follows. All torch work happens here, loading included. Knows no text and no streams.
@@ -107,7 +107,9 @@ class StepThread:
         end = ReplicaUnavailable("the replica is shut down")
         try:
             while self._obey(loop):
-                self._outbox.put(self._engine.step(lambda: self._hand_over(loop, self._outbox.take_due())))
+                self._outbox.put(
+                    self._engine.step(lambda num_tokens: self._hand_over(loop, self._outbox.take_due(num_tokens)))
+                )
         except BaseException:
             logger.exception("the step loop died")
             end = ReplicaUnavailable("the replica's step loop died")
@@ -150,6 +152,8 @@ class StepThread:
         self._num_received += 1
         try:
             self._engine.add(request)
+            if request.sampling.stop:
+                self._outbox.hurry(request.request_id)
         except MillraceError as error:
             _call(loop, self._deliver, [(request.request_id, error)])
         except Exception as error:

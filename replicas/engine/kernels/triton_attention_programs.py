@@ -155,50 +155,30 @@ def varlen_kernel(
     else:
         # every query of the tile sees the tokens before its first one
         masked_from = (first_position + 1) // TILE * TILE
-        acc, best, total = _attend(
-            acc,
-            best,
-            total,
-            q_tile,
-            k_head,
-            v_head,
-            table,
-            0,
-            masked_from,
-            positions,
-            scale,
-            block_stride,
-            BLOCK_SIZE,
-            HEAD_DIM,
-            PADDED_DIM,
-            TILE,
-            WINDOW,
-            SOFT_CAP,
-            DOT,
-            False,
-        )
-    acc, best, total = _attend(
-        acc,
-        best,
-        total,
-        q_tile,
-        k_head,
-        v_head,
-        table,
-        masked_from,
-        stop,
-        positions,
-        scale,
-        block_stride,
-        BLOCK_SIZE,
-        HEAD_DIM,
-        PADDED_DIM,
-        TILE,
-        WINDOW,
-        SOFT_CAP,
-        DOT,
-        True,
-    )
+    for is_masked in tl.static_range(2):
+        if is_masked or WINDOW == 0:
+            acc, best, total = _attend(
+                acc,
+                best,
+                total,
+                q_tile,
+                k_head,
+                v_head,
+                table,
+                masked_from if is_masked else 0,
+                stop if is_masked else masked_from,
+                positions,
+                scale,
+                block_stride,
+                BLOCK_SIZE,
+                HEAD_DIM,
+                PADDED_DIM,
+                TILE,
+                WINDOW,
+                SOFT_CAP,
+                DOT,
+                is_masked,
+            )
     tl.store(out + q_offsets, (acc / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
 
 

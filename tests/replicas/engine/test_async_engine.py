@@ -46,12 +46,21 @@ def make(
     return GenerateRequest(name, "fake", prompt, params, emitted)
 
 
+HOLD_S = [0.0]
+
+
+@pytest.fixture(autouse=True, params=[0.0, 0.01], ids=["at-once", "held"])
+def hold(request: pytest.FixtureRequest) -> None:
+    """Every test here holds whether or not tokens wait to travel together."""
+    HOLD_S[0] = request.param
+
+
 def make_engine(
     executor: FakeExecutor, info: FakeModelInfo = FAKE_MODEL, **scheduler: int
 ) -> tuple[Engine, AsyncEngine]:
     config = EngineConfig(ModelConfig("fake"), CacheConfig(block_size=4), SchedulerConfig(**scheduler))
     engine = Engine(config, info, executor)
-    return engine, AsyncEngine(engine, cast(Tokenizer, FakeTokenizer()), "fake")
+    return engine, AsyncEngine(engine, cast(Tokenizer, FakeTokenizer()), "fake", HOLD_S[0])
 
 
 @asynccontextmanager

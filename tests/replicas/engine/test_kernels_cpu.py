@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import cast
@@ -402,6 +403,7 @@ def test_a_set_that_does_not_run_here_is_refused_with_the_choices() -> None:
         Machine(1, "sve3")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels take no hints")
 def test_threads_keep_to_their_own_processors_and_the_caller_only_meanwhile() -> None:
     before, threads = os.sched_getaffinity(0), set(os.listdir("/proc/self/task"))
     if len(before) < 2:

@@ -27,8 +27,7 @@ void wait_while_equal(const std::atomic<uint32_t>& word, uint32_t old) {
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }
 
-// Where this thread may run. Hints: on a machine with more processors than a mask names, or whose set of them has shrunk
-// meanwhile, nothing changes.
+// Where this thread may run. Hints: what fails changes nothing, as on a machine with more processors than a mask names.
 #if defined(__linux__)
 using Mask = cpu_set_t;
 bool get_mask(Mask& mask) { return sched_getaffinity(0, sizeof mask, &mask) == 0; }
@@ -76,7 +75,7 @@ void Pool::run(const std::function<void(int)>& work) {
 }
 
 void Pool::serve(int thread) {
-  if (has_own_processors()) set_mask(mask_of(processors_of(thread)));
+  if (Mask before; has_own_processors() && get_mask(before)) set_mask(mask_of(processors_of(thread)));
   for (uint32_t seen = 0;; ++seen) {
     wait_while_equal(run_number_, seen);
     if (is_closing_) return;

@@ -86,23 +86,24 @@ inline Floats rounded_to<bf16>(Floats values) {
   return (Floats)(__builtin_convertvector(to_bf16(values), Words) << 16);
 }
 
+// Sums and maxima in one fixed tree, whatever the compiler does.
+inline float sum(Floats values) {
+  float lanes[kLanes];
+  store(lanes, values);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// Lane 0 of one fixed tree over all lanes, whatever the compiler does: the upper half joins the lower one, four times.
-template <class Join>
-inline float joined(Floats values, Join&& join) {
-  values = join(values, __builtin_shuffle(values, Ints{8, 9, 10, 11, 12, 13, 14, 15}));
-  values = join(values, __builtin_shuffle(values, Ints{4, 5, 6, 7}));
-  values = join(values, __builtin_shuffle(values, Ints{2, 3}));
-  values = join(values, __builtin_shuffle(values, Ints{1}));
-  return values[0];
+inline float largest(Floats values) {
+  float lanes[kLanes];
+  store(lanes, values);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
 }
-
-inline float sum(Floats values) {
-  return joined(values, [](Floats a, Floats b) { return a + b; });
-}
-
-inline float largest(Floats values) { return joined(values, larger); }
 
 // e**x within 2 ulp; exactly 1 at 0, exactly 0 below -87, NaN of NaN (Cephes' polynomial).
 inline Floats exp(Floats x) {
